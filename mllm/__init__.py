@@ -1,0 +1,1 @@
+"""Pruning and steering of vision-language models. Nothing is here yet."""

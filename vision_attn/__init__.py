@@ -1,0 +1,44 @@
+"""Spatial attention as data: a pattern says who may look at whom, a kernel computes it, one call attaches it.
+
+Example:
+    >>> import torch
+    >>> from vision_attn import Neighborhood, attend
+    >>> q = k = v = torch.randn(1, 16, 16, 4, 32)  # [batch, height, width, heads, head_dim]
+    >>> attend(q, k, v, Neighborhood(window=7)).shape
+    torch.Size([1, 16, 16, 4, 32])
+"""
+
+from importlib import import_module
+
+from vision_attn import _checkout as _checkout
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Importing this package needs torch only; each name loads on first use.
+_PUBLIC = {
+    "attend": "kernels.attend",
+    "explain": "kernels.explain",
+    "Pattern": "kernels.patterns",
+    "PATTERNS": "kernels.patterns",
+    "BlockList": "kernels.patterns",
+    "Dense": "kernels.patterns",
+    "Neighborhood": "kernels.patterns",
+    "Radial": "kernels.patterns",
+    "SlidingTile": "kernels.patterns",
+    "Window": "kernels.patterns",
+    "attach": "attach",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vision_attn' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    value = getattr(import_module(f"vision_attn.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
