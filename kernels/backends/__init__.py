@@ -8,9 +8,9 @@ unless `problem.return_lse`. Backends do not import each other and never change 
 from types import ModuleType
 
 from ..problem import Problem
-from . import reference
+from . import reference, tiled
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}  # fastest first
+BACKENDS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}  # fastest first
 
 
 def refusals(problem: Problem) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ def refuse(problem: Problem) -> list[str]:
 
 
 def by_name_only(problem: Problem) -> str | None:
-    return None
+    return "builds tokens x tokens scores; it is the definition, for tests and small grids"
 
 
 def run(problem, q, k, v, scale, extra_kv=None, extra_mask=None):

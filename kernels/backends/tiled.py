@@ -1,0 +1,201 @@
+"""Plain torch on any device: gather the keys of a tile of queries, run one small attention, forward and backward.
+
+Never builds anything of tokens x tokens. Separable patterns use boxes of queries and the box of keys they need;
+the others use rows of their block lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..gather import Chunk, Options, attend_chunks
+from ..patterns import Blocked, Dense, Separable
+from ..patterns.blocks import Lists
+from ..problem import Problem
+from ..tiles import cut, tile_sides
+
+CHUNK_BYTES = 8 * 2**20  # of gathered keys, values and scores at a time; the fastest of 1 to 32 MB on a CPU
+
+
+def refuse(problem: Problem) -> list[str]:
+    known = isinstance(problem.pattern, (Separable, Blocked))
+    return [] if known else [f"{type(problem.pattern).__name__} gives neither intervals nor block lists"]
+
+
+def by_name_only(problem: Problem) -> str | None:
+    return None
+
+
+def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
+    pattern, grid = problem.pattern, problem.grid
+    if extra_mask is None and not problem.return_lse and is_dense(pattern, grid):
+        return _dense(q, k, v, scale, extra_kv), None
+    query, key, value = (t.flatten(1, -3) for t in (q, k, v))
+    if extra_kv is not None:
+        key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
+    source = _boxes if isinstance(pattern, Separable) else _rows
+    may_be_empty = not isinstance(pattern, Separable)
+    options = Options(scale, problem.extra, problem.return_lse, may_be_empty)
+    chunks = functools.partial(source, problem, q.device)
+    out, lse = attend_chunks(query, key, value, extra_mask, chunks, options, problem.needs_grad)
+    return out.view(*q.shape[:-1], -1), lse if lse is None else lse.view(q.shape[:-1])
+
+
+def is_dense(pattern, grid: tuple[int, ...]) -> bool:
+    return isinstance(pattern, Dense) or (isinstance(pattern, Separable) and pattern.density(grid) == 1)
+
+
+def _dense(q, k, v, scale, extra_kv):
+    query, key, value = (t.flatten(1, -3) for t in (q, k, v))
+    if extra_kv is not None:
+        key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).reshape(*q.shape[:-1], -1)
+
+
+class _Room:
+    """Cuts a call so that one chunk stays under CHUNK_BYTES: first fewer tiles at a time, then fewer batch entries and heads."""
+
+    def __init__(self, problem: Problem, queries: int, keys: int, batch: range | None = None, heads: range | None = None):
+        self.group = problem.heads // problem.kv_heads
+        keys += problem.extra
+        floats = keys * (problem.head_dim + problem.value_dim) + queries * self.group * problem.head_dim
+        floats += 2 * self.group * queries * keys if problem.return_lse else 0
+        floats *= 3 if problem.needs_grad else 1  # the gradients of a chunk are as large as the chunk
+        units = max(CHUNK_BYTES // (max(problem.dtype.itemsize, 4) * floats), 1)
+        self.batch = batch or range(problem.batch)
+        self.heads = heads or range(problem.heads)
+        kv_heads = len(self.heads) // self.group or 1
+        self.kv_step = min(kv_heads, units)
+        self.batch_step = min(len(self.batch), max(units // self.kv_step, 1))
+        self.rows = max(units // (self.kv_step * self.batch_step), 1)
+
+    def parts(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Slices of (batch, heads, KV heads)."""
+        for b in range(self.batch.start, self.batch.stop, self.batch_step):
+            batch = slice(b, min(b + self.batch_step, self.batch.stop))
+            if len(self.heads) < self.group:  # one query head at a time: block lists of its own
+                kv = self.heads.start // self.group
+                yield batch, slice(self.heads.start, self.heads.stop), slice(kv, kv + 1)
+                continue
+            first, stop = self.heads.start // self.group, self.heads.stop // self.group
+            for h in range(first, stop, self.kv_step):
+                kv = slice(h, min(h + self.kv_step, stop))
+                yield batch, slice(kv.start * self.group, kv.stop * self.group), kv
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Tiles of one axis that have the same numbers of queries and keys.
+
+    `query` `[tiles, t]` and `key` `[tiles, u]` are coordinates times the step of the axis in the flattened grid; `allowed` is
+    bool `[tiles or 1, t, u]`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    allowed: torch.Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _sides(pattern: Separable, grid: tuple[int, ...], device: torch.device) -> list[list[_Side]]:
+    out = []
+    for index, (axis, side) in enumerate(zip(pattern.axes(grid), tile_sides(pattern, grid), strict=True)):
+        step = math.prod(grid[index + 1 :])
+        alike: dict[tuple[int, int], list] = {}
+        for first, stop, low, high in cut(axis, side):
+            alike.setdefault((stop - first, high - low), []).append((first, low))
+        order, lo, hi = (torch.tensor(t, device=device) for t in (axis.order, axis.lo, axis.hi))
+        sides = []
+        for (queries, keys), tiles in alike.items():
+            first, low = torch.tensor(tiles, device=device).T
+            query = first[:, None] + torch.arange(queries, device=device)
+            key = low[:, None] + torch.arange(keys, device=device)
+            allowed = (lo[query][..., None] <= key[:, None]) & (key[:, None] < hi[query][..., None])
+            allowed = allowed[:1] if bool((allowed == allowed[:1]).all()) else allowed
+            sides.append(_Side(order[query] * step, order[key] * step, allowed))
+        out.append(sides)
+    return out
+
+
+def _boxes(problem: Problem, device: torch.device) -> Iterator[Chunk]:
+    """Chunks of a separable pattern: boxes of queries, with the box of all keys that any of them sees."""
+    for sides in itertools.product(*_sides(problem.pattern, problem.grid, device)):
+        tiles = [len(side.query) for side in sides]
+        queries, keys = (math.prod(getattr(side, n).shape[1] for side in sides) for n in ("query", "key"))
+        everything = all(bool(side.allowed.all()) for side in sides)
+        shared = all(len(side.allowed) == 1 for side in sides)
+        allowed = None if everything or not shared else _product([side.allowed for side in sides])
+        room, total = _Room(problem, queries, keys), math.prod(tiles)
+        for start in range(0, total, room.rows):
+            at = torch.unravel_index(torch.arange(start, min(start + room.rows, total), device=device), tiles)
+            query, key = (_sum([getattr(s, n)[i] for s, i in zip(sides, at)]) for n in ("query", "key"))
+            if not everything and not shared:
+                pick = [s.allowed if len(s.allowed) == 1 else s.allowed[i] for s, i in zip(sides, at, strict=True)]
+                allowed = _product(pick)
+            for part in room.parts():
+                yield Chunk(query, key, allowed, *part)
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    """`[rows, a]`, `[rows, b]`, ... to `[rows, a * b * ...]` by adding."""
+    return functools.reduce(lambda x, y: (x[:, :, None] + y[:, None]).flatten(1), parts)
+
+
+def _product(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Bool `[rows, q1, k1]`, `[rows, q2, k2]`, ... to `[rows, q1 * q2 * ..., k1 * k2 * ...]` by and."""
+    return functools.reduce(lambda x, y: (x[:, :, None, :, None] & y[:, None, :, None]).flatten(3, 4).flatten(1, 2), parts)
+
+
+def _rows(problem: Problem, device: torch.device) -> Iterator[Chunk]:
+    """Chunks of block lists: blocks of queries with about the same number of key blocks, each with its key blocks."""
+    lists = problem.pattern.lists(problem.grid, device)
+    predicate = problem.pattern.predicate(problem.grid, device)
+    lead = (1, 1, *lists.index.shape[:-2])[-2:]
+    index, count, full = (
+        t.reshape(*lead, *t.shape[lists.index.ndim - 2 :]) for t in (lists.index, lists.count, lists.full_count)
+    )
+    for b, h in itertools.product(*map(range, lead)):
+        batch = range(b, b + 1) if lead[0] > 1 else range(problem.batch)
+        heads = range(h, h + 1) if lead[1] > 1 else range(problem.heads)
+        counts = count[b, h].tolist()
+        order = sorted((r for r, n in enumerate(counts) if n or problem.extra), key=lambda r: -counts[r])
+        while order:
+            # rows of the same length (only the last block may be short) and of nearly as many blocks as the first
+            length, width = _length(problem, lists, order[0]), max(counts[order[0]], 1)
+            room = _Room(problem, length, width * lists.block[1], batch, heads)
+            some = [r for r in order[: room.rows] if _length(problem, lists, r) == length and 4 * counts[r] >= 3 * width]
+            some = some or order[:1]
+            order = [r for r in order if r not in set(some)]
+            rows = torch.tensor(some, device=device)
+            picked = index[b, h, rows, :width].long(), count[b, h, rows], full[b, h, rows]
+            query = rows[:, None] * lists.block[0] + torch.arange(length, device=device)
+            key, allowed = _block_keys(problem, lists.block[1], query, *picked, predicate)
+            for part in room.parts():
+                yield Chunk(query, key, allowed, *part)
+
+
+def _length(problem: Problem, lists: Lists, row: int) -> int:
+    return min(lists.block[0], problem.tokens - row * lists.block[0])
+
+
+def _block_keys(problem, block, query, index, count, full, predicate) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Key tokens `[rows, width * block]` of listed blocks, and bool `[rows, Q, width * block]` or None when all are allowed."""
+    key = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(1)
+    slot = torch.arange(key.shape[1], device=index.device) // block
+    real = (slot < count[:, None]) & (key < problem.tokens)
+    key = key.where(real, 0)
+    sure = int(full.min()) * block  # keys in blocks that are full in every row need no test
+    tested = key[:, None, sure:]
+    if not tested.shape[-1] or bool((full >= count).all()):
+        return key, None if bool(real.all()) else real[:, None].expand(-1, query.shape[1], -1)
+    passed = predicate(query[..., None], tested) | (slot[sure:] < full[:, None])[:, None]
+    return key, real[:, None] & torch.cat([passed.new_ones(*query.shape, sure), passed], -1)

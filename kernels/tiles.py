@@ -1,0 +1,114 @@
+"""Query tiles and the keys they need, on one axis at a time; what a tile shape costs; the speed-up bound.
+
+Everything is derived from the intervals of `Axis`: along an axis both ends of a query's interval never decrease, so the keys that a
+run of queries needs are one interval, and so are the keys that all of them share. See the README of this folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+from .patterns import Separable
+from .patterns.base import Axis
+
+# Cost model of one gathered tile on a CPU, in units of one query-key pair of 64 channels: copying a key, starting a tile.
+KEY_COST, TILE_COST = 24, 400
+MOST_QUERIES, MOST_PAIRS = 1024, 2**20
+
+
+def cut(axis: Axis, side: int) -> list[tuple[int, int, int, int]]:
+    """Cut an axis into query tiles of at most `side` positions: `(first, stop, first key, stop key)`, keys as a union.
+
+    Tiles do not straddle dilation groups, and do not cut a run of queries that share one interval when the run fits a tile.
+    """
+    tiles = []
+    for first, stop in itertools.pairwise(axis.groups):
+        while first < stop:
+            end = min(first + side, stop)
+            if end < stop:
+                run = end
+                while run > first and (axis.lo[run - 1], axis.hi[run - 1]) == (axis.lo[end], axis.hi[end]):
+                    run -= 1
+                if first < run < end:
+                    end = run
+            tiles.append((first, end, axis.lo[first], axis.hi[end - 1]))
+            first = end
+    return tiles
+
+
+@functools.lru_cache(maxsize=256)
+def tile_sides(pattern: Separable, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Tile side per axis for gathering: the cheapest of the powers of two under the cost model above."""
+    options = []
+    for axis in pattern.axes(grid):
+        sides = [2**i for i in range(axis.extent.bit_length()) if 2**i < axis.extent] + [axis.extent]
+        rows = []
+        for side in sides:
+            tiles = cut(axis, side)
+            pairs = [(stop - first) * (last - low) for first, stop, low, last in tiles]
+            keys = sum(last - low for _, _, low, last in tiles)
+            rows.append((side, min(side, axis.extent), max(pairs), sum(pairs), keys, len(tiles)))
+        options.append(rows)
+
+    def cost(combination: tuple) -> tuple[float, int]:
+        queries, largest, pairs, keys, tiles = (math.prod(row[i] for row in combination) for i in range(1, 6))
+        over = max(queries / MOST_QUERIES, largest / MOST_PAIRS, 1)
+        return (over if over > 1 else 1, pairs + KEY_COST * keys + TILE_COST * tiles)
+
+    return tuple(row[0] for row in min(itertools.product(*options), key=cost))
+
+
+def visits(axis: Axis, queries: int, keys: int, aligned: bool = False) -> tuple[int, int]:
+    """Key tiles of `keys` positions that the query tiles of `queries` positions of one axis visit; how many of them are full.
+
+    Unaligned key tiles start where the union of a query tile starts; aligned ones at multiples of `keys`. A visited tile
+    is full when every query of the tile sees all of it.
+    """
+    total = full = 0
+    for first in range(0, axis.extent, queries):
+        last = min(first + queries, axis.extent) - 1
+        lo, hi = axis.lo[first], axis.hi[last]
+        start = lo // keys * keys if aligned else lo
+        for y in range(start, hi, keys):
+            total += 1
+            full += axis.lo[last] <= y and y + keys <= axis.hi[first]
+    return total, full
+
+
+def bound(
+    pattern: Separable, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...], aligned: bool = False
+) -> tuple[float, float]:
+    """Speed-up over dense attention at equal arithmetic rate with these tiles, and the share of visited tiles that are full.
+
+    A pattern that is dilated counts as separate problems, one per dilation group.
+    """
+    counts = []
+    for axis, tq, tk in zip(pattern.axes(grid), queries, keys, strict=True):
+        groups = [_group(axis, first, stop) for first, stop in itertools.pairwise(axis.groups)]
+        counts.append([sum(c) for c in zip(*(visits(group, tq, tk, aligned) for group in groups), strict=True)])
+    total, full = (math.prod(c[i] for c in counts) for i in range(2))
+    return math.prod(grid) ** 2 / (total * math.prod(queries) * math.prod(keys)), full / total
+
+
+def _group(axis: Axis, first: int, stop: int) -> Axis:
+    shifted = [tuple(x - first for x in ends[first:stop]) for ends in (axis.lo, axis.hi)]
+    return Axis(tuple(range(stop - first)), *shifted, (0, stop - first))
+
+
+@functools.lru_cache(maxsize=256)
+def best_bound(pattern: Separable, grid: tuple[int, ...], size: int = 64) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """The largest `bound` over tiles of `size` queries and `size` keys with power-of-two sides: bound, query tile, key tile."""
+    powers = [2**i for i in range(size.bit_length())]
+    shapes = [s for s in itertools.product(powers, repeat=len(grid)) if math.prod(s) == size]
+    axes = pattern.axes(grid)
+    count = functools.lru_cache(maxsize=None)(
+        lambda i, tq, tk: sum(
+            visits(_group(axes[i], first, stop), tq, tk)[0] for first, stop in itertools.pairwise(axes[i].groups)
+        )
+    )
+    total, tq, tk = min(
+        (math.prod(count(i, q[i], k[i]) for i in range(len(grid))), q, k) for q in shapes for k in shapes
+    )
+    return math.prod(grid) ** 2 / (total * size * size), tq, tk
