@@ -26,7 +26,7 @@ _PUBLIC = {
     "Radial": "kernels.patterns",
     "SlidingTile": "kernels.patterns",
     "Window": "kernels.patterns",
-    "attach": "attach",
+    "attach": "hosts",
 }
 
 __all__ = ["__version__", *_PUBLIC]

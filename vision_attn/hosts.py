@@ -1,0 +1,41 @@
+"""The one verb for every host: look up who serves a model, and let them attach."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Top-level package of the model's class -> the module whose attach() serves it, by name so that nothing is imported before it is needed.
+HOSTS = {"diffusers": "vision_attn.diffusion.attachment"}
+
+
+def attach(target: Any, pattern: Any, **options: Any) -> Any:
+    """Put a pattern into a model, until detached.
+
+    Args:
+        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`.
+        pattern: who sees whom on the token grid, for example `Radial(decay=0.2)`.
+        **options: of the host; for diffusers `dense_steps`, `dense_layers`, `strict` and more, see `vision_attn.diffusion.attach`.
+
+    Returns:
+        A run: context manager, `run.report`, `run.detach()`.
+
+    Raises:
+        TypeError: no host serves the target.
+        ValueError: the host cannot attach to it, or an option is out of range.
+
+    >>> from diffusers import PixArtTransformer2DModel
+    >>> from vision_attn import Neighborhood
+    >>> model = PixArtTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8)
+    >>> with attach(model, Neighborhood(window=7)) as run:
+    ...     run.report.denoisers[0].modules
+    ['transformer_blocks.0.attn1', 'transformer_blocks.1.attn1']
+    """
+    plain = target
+    while hasattr(plain, "_orig_mod"):  # torch.compile
+        plain = plain._orig_mod
+    for cls in type(plain).__mro__:
+        host = HOSTS.get(cls.__module__.partition(".")[0])
+        if host is not None:
+            return import_module(host).attach(target, pattern, **options)
+    raise TypeError(f"cannot attach to {type(plain).__name__}; allowed: models and pipelines of {', '.join(HOSTS)}")
