@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from .backends import BACKENDS, choose
+from .operator import attend_in_graph
 from .patterns import Pattern
-from .problem import describe
+from .problem import describe, resolve_scale
 
 
 def attend(
@@ -48,10 +49,16 @@ def attend(
     >>> attend(q, k, v, Neighborhood(window=7)).shape
     torch.Size([1, 16, 16, 4, 32])
     """
+    if torch.compiler.is_compiling():
+        return attend_in_graph(q, k, v, pattern, scale, extra_kv, extra_mask, return_lse, backend)
     problem = describe(q, k, v, pattern, scale, extra_kv, extra_mask, return_lse)
-    name = choose(problem, backend)
+    module = BACKENDS[choose(problem, backend)]
     if not problem.extra:
         extra_kv = extra_mask = None
-    scale = problem.head_dim**-0.5 if scale is None else float(scale)
-    out, lse = BACKENDS[name].run(problem, q, k, v, scale, extra_kv, extra_mask)
+    if not problem.batch:
+        nothing = q.sum() + k.sum() + v.sum()  # empty, but with a gradient
+        out, lse = nothing.expand(*q.shape[:-1], v.shape[-1]).to(q.dtype), nothing.expand(q.shape[:-1])
+    else:
+        with torch.autocast(q.device.type, enabled=False):  # the dtype of the call is the dtype of the tensors
+            out, lse = module.run(problem, q, k, v, resolve_scale(problem, scale), extra_kv, extra_mask)
     return (out, lse) if return_lse else out

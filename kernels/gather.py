@@ -39,31 +39,20 @@ class Options:
     may_be_empty: bool = False
 
 
+Source = Callable[[], Iterator[Chunk]]
+
+
 def attend_chunks(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     extra_mask: torch.Tensor | None,
-    chunks: Callable[[], Iterator[Chunk]],
+    chunks: Source,
     options: Options,
-    needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q `[batch, tokens, heads, dim]`, k and v `[batch, tokens + extra, kv_heads, dim]` to out and lse of all tokens."""
-    run = _Recompute.apply if needs_grad else _forward
-    out, lse = run(q, k, v, extra_mask, chunks, options)
+    out, lse = _Recompute.apply(q, k, v, extra_mask, chunks, options)
     return out, lse if options.lse else None
-
-
-def _forward(q, k, v, extra_mask, chunks, options):
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    full = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.full(q.shape[:-1] if options.lse else (0,), float("-inf"), dtype=full, device=q.device)
-    for chunk in chunks():
-        part, part_lse = _attend(*_gather(q, k, v, chunk, options), chunk, extra_mask, options)
-        _put(out, chunk, part)
-        if options.lse:
-            _put(lse, chunk, part_lse)
-    return out, lse
 
 
 class _Recompute(torch.autograd.Function):
@@ -71,27 +60,42 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx, q, k, v, extra_mask, chunks, options):
         ctx.save_for_backward(q, k, v, extra_mask)
         ctx.chunks, ctx.options = chunks, options
-        return _forward(q, k, v, extra_mask, chunks, options)
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        full = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full(q.shape[:-1] if options.lse else (0,), float("-inf"), dtype=full, device=q.device)
+        for chunk in chunks():
+            part, part_lse = _attend(*_gather(q, k, v, chunk, options), chunk, extra_mask, options)
+            _put(out, chunk, part)
+            if options.lse:
+                _put(lse, chunk, part_lse)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, extra_mask = ctx.saved_tensors
-        full = torch.promote_types(q.dtype, torch.float32)
-        grads = [torch.zeros_like(t, dtype=full, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        for chunk in ctx.chunks():
-            parts = [t.requires_grad_() for t in _gather(q, k, v, chunk, ctx.options)]
-            with torch.enable_grad():
-                out, lse = _attend(*parts, chunk, extra_mask, ctx.options)
-            outer = [_take(grad_out, chunk.batch, chunk.heads, chunk.query).to(out.dtype)]
-            outer += [_take(grad_lse, chunk.batch, chunk.heads, chunk.query).to(lse.dtype)] if ctx.options.lse else []
-            outputs = [out, lse] if ctx.options.lse else [out]
-            by_query, *by_key = torch.autograd.grad(outputs, parts, outer)
-            _put(grads[0], chunk, by_query)
-            keys = _with_extra(chunk.key, q.shape[1], ctx.options.extra).flatten()
-            for grad, part in zip(grads[1:], by_key, strict=True):
-                grad[chunk.batch, :, chunk.kv_heads].index_add_(1, keys, part.to(full))
-        return *(g.to(q.dtype) for g in grads), None, None, None
+        return *gradients(q, k, v, extra_mask, ctx.chunks, ctx.options, grad_out, grad_lse), None, None, None
+
+
+def gradients(q, k, v, extra_mask, chunks: Source, options: Options, grad_out, grad_lse) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and v of `attend_chunks`; `grad_lse` is ignored unless the options ask for lse."""
+    full = torch.promote_types(q.dtype, torch.float32)
+    grads = [torch.zeros(t.shape, dtype=full, device=t.device) for t in (q, k, v)]
+    for chunk in chunks():
+
+        def part(*gathered, chunk=chunk):
+            out, lse = _attend(*gathered, chunk, extra_mask, options)
+            return (out, lse) if options.lse else (out,)
+
+        # torch.func and not autograd.grad: it also works inside a registered operator, where autograd is switched off.
+        outputs, pull = torch.func.vjp(part, *_gather(q, k, v, chunk, options))
+        outer = zip((grad_out, grad_lse), outputs, strict=False)
+        by_query, *by_key = pull(tuple(_take(g, chunk.batch, chunk.heads, chunk.query).to(o.dtype) for g, o in outer))
+        _put(grads[0], chunk, by_query)
+        keys = _with_extra(chunk.key, q.shape[1], options.extra).flatten()
+        for grad, by in zip(grads[1:], by_key, strict=True):
+            grad[chunk.batch, :, chunk.kv_heads].index_add_(1, keys, by.to(full))
+    return tuple(g.to(q.dtype) for g in grads)
 
 
 def _take(tensor: torch.Tensor, batch: slice, heads: slice, index: torch.Tensor) -> torch.Tensor:
@@ -142,8 +146,10 @@ def _attend(q, k, v, chunk: Chunk, extra_mask, options: Options):
     if options.lse:
         scores = (query @ key.transpose(-1, -2)) * options.scale
         scores = scores if bias is None else scores + bias
-        lse = scores.logsumexp(-1, keepdim=True)
-        out = (scores - lse).exp() @ value
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        out, lse = weights @ value / total, total.log() + top
     else:
         out = F.scaled_dot_product_attention(query, key, value, bias, scale=options.scale)
 

@@ -15,7 +15,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Sizes and options of a call to `attend`. `device` is a device type such as "cpu"; `extra` counts extra KV tokens."""
+    """Sizes and options of a call to `attend`.
+
+    `device` is a device type such as "cpu"; `extra` counts extra KV tokens; `in_graph` says that it is part of a compiled graph.
+    """
 
     pattern: Pattern
     grid: tuple[int, ...]
@@ -30,6 +33,7 @@ class Problem:
     extra_mask: bool = False
     return_lse: bool = False
     needs_grad: bool = False
+    in_graph: bool = False
 
     @property
     def tokens(self) -> int:
@@ -105,6 +109,10 @@ def describe(
         pattern, grid, batch, heads, kv_heads, head_dim, value_dim, q.dtype, q.device.type,
         extra, extra_mask is not None, bool(return_lse), needs_grad,
     )  # fmt: skip
+
+
+def resolve_scale(problem: Problem, scale: float | None) -> float:
+    return problem.head_dim**-0.5 if scale is None else float(scale)
 
 
 def check_scale(scale: Any) -> None:

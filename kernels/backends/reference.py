@@ -43,3 +43,13 @@ def run(problem, q, k, v, scale, extra_kv=None, extra_mask=None):
     lse = torch.where(total > 0, some.log() + top, float("-inf")).squeeze(-1)
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     return out.reshape(*q.shape[:-1], -1).to(q.dtype), lse.reshape(q.shape[:-1])
+
+
+def backward(problem, q, k, v, scale, extra_kv, extra_mask, grad_out, grad_lse) -> list[torch.Tensor]:
+    """Gradients of q, k, v and the extra keys and values; for the operator of compiled graphs."""
+
+    def out(q, k, v, *extra):
+        return run(problem, q, k, v, scale, extra or None, extra_mask)
+
+    pull = torch.func.vjp(out, q, k, v, *(extra_kv or ()))[1]
+    return list(pull((grad_out, grad_lse if problem.return_lse else torch.zeros(q.shape[:-1]).to(q.device))))

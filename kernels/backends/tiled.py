@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..gather import Chunk, Options, attend_chunks
+from ..gather import Chunk, Options, attend_chunks, gradients
 from ..patterns import Blocked, Dense, Separable
 from ..patterns.blocks import Lists
 from ..problem import Problem
@@ -34,31 +34,48 @@ def by_name_only(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
-    pattern, grid = problem.pattern, problem.grid
-    if extra_mask is None and not problem.return_lse and is_dense(pattern, grid):
-        return _dense(q, k, v, scale, extra_kv), None
-    query, key, value = (t.flatten(1, -3) for t in (q, k, v))
-    if extra_kv is not None:
-        key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
-    source = _boxes if isinstance(pattern, Separable) else _rows
-    may_be_empty = not isinstance(pattern, Separable)
-    options = Options(scale, problem.extra, problem.return_lse, may_be_empty)
-    chunks = functools.partial(source, problem, q.device)
-    out, lse = attend_chunks(query, key, value, extra_mask, chunks, options, problem.needs_grad)
-    return out.view(*q.shape[:-1], -1), lse if lse is None else lse.view(q.shape[:-1])
+    if _is_sdpa(problem):
+        return _dense(q, *_flat(k, v, extra_kv), scale), None
+    chunks, options = _plan(problem, q.device, scale)
+    out, lse = attend_chunks(q.flatten(1, -3), *_flat(k, v, extra_kv), extra_mask, chunks, options)
+    return out.view(*q.shape[:-1], -1), None if lse is None else lse.view(q.shape[:-1])
 
 
-def is_dense(pattern, grid: tuple[int, ...]) -> bool:
-    return isinstance(pattern, Dense) or (isinstance(pattern, Separable) and pattern.density(grid) == 1)
+def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, grad_out, grad_lse) -> list[torch.Tensor]:
+    """Gradients of q, k, v and the extra keys and values, without autograd; for the operator of compiled graphs."""
+    key, value = _flat(k, v, extra_kv)
+    if _is_sdpa(problem):
+        grads = torch.func.vjp(lambda *qkv: _dense(*qkv, scale), q, key, value)[1](grad_out)
+    else:
+        chunks, options = _plan(problem, q.device, scale)
+        outer = grad_out.flatten(1, -3), grad_lse.flatten(1, -2) if options.lse else grad_lse
+        grads = gradients(q.flatten(1, -3), key, value, extra_mask, chunks, options, *outer)
+    by_extra = [g[:, problem.tokens :].contiguous() for g in grads[1:]]
+    return [grads[0].view(q.shape), *(g[:, : problem.tokens].reshape(t.shape) for g, t in zip(grads[1:], (k, v))), *by_extra]
 
 
-def _dense(q, k, v, scale, extra_kv):
-    query, key, value = (t.flatten(1, -3) for t in (q, k, v))
-    if extra_kv is not None:
-        key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+def _flat(k, v, extra_kv) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = k.flatten(1, -3), v.flatten(1, -3)
+    if extra_kv is None:
+        return key, value
+    return torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
+
+
+def _is_sdpa(problem: Problem) -> bool:
+    """Nothing to leave out: one call of the ordinary attention is the fastest."""
+    return isinstance(problem.pattern, Dense) and not problem.extra_mask and not problem.return_lse
+
+
+def _dense(q, key, value, scale):
+    query, key, value = (t.transpose(1, 2) for t in (q.flatten(1, -3), key, value))
     out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out.transpose(1, 2).reshape(*q.shape[:-1], -1)
+
+
+def _plan(problem: Problem, device: torch.device, scale: float):
+    separable = isinstance(problem.pattern, Separable)
+    options = Options(scale, problem.extra, problem.return_lse, may_be_empty=not separable)
+    return functools.partial(_boxes if separable else _rows, problem, device), options
 
 
 class _Room:

@@ -70,6 +70,17 @@ class Pattern:
     def _from_options(cls, options: dict[str, Any]) -> Pattern:
         return cls(**options)
 
+    def spell(self) -> str:
+        """The pattern without its tensors as the text of a Python literal, `("name", {option: value})`.
+
+        Plain string building, because torch.compile traces it: a graph holds the text, and `vision_attn::attend` reads it.
+        """
+        return f"('{self.name}', {{" + ", ".join([f"'{n}': {getattr(self, n)!r}" for n in self.__match_args__]) + "})"
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What `spell` leaves out."""
+        return []
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:

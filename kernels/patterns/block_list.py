@@ -162,6 +162,13 @@ class BlockList(Blocked):
             "within": None if self.within is None else self.within.to_dict(),
         }
 
+    def spell(self) -> str:
+        within = "None" if self.within is None else self.within.spell()
+        return f"('{self.name}', {{'block': {self.block!r}, 'within': {within}}})"
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.index, self.count] + ([] if self.full_count is None else [self.full_count])
+
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> BlockList:
         tensors = {n: None if options.get(n) is None else torch.tensor(options[n], dtype=torch.int32) for n in ("index", "count", "full_count")}
