@@ -1,0 +1,92 @@
+"""The built-in video model: real diffusers and transformers classes, small enough for a CPU, made for the shapes world.
+
+`pipeline()` builds it with random weights; `vision_attn.diffusion.train` trains it; `WEIGHTS` holds the trained one.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from vision_attn.shapes import WORDS
+
+WEIGHTS = Path(__file__).parent / "weights" / "shapes-video"
+TEXT_DIM = 96
+LATENTS = 16
+
+
+def vae() -> AutoencoderKLWan:
+    """8x in space (2x of it by unshuffling pixels), 4x in time: 17 x 48 x 48 pixels become 5 x 6 x 6 latents."""
+    return AutoencoderKLWan(
+        base_dim=32,
+        z_dim=LATENTS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENTS,
+        latents_std=[1.0] * LATENTS,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+def denoiser() -> WanTransformer3DModel:
+    """A Wan video transformer whose tokens are single latents: 5 x 6 x 6 = 180 tokens for a clip."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=36,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        text_dim=TEXT_DIM,
+        freq_dim=128,
+        ffn_dim=432,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=256,
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the caption grammar; other words become `<unk>`."""
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def text_encoder() -> UMT5EncoderModel:
+    """A one-layer T5 encoder, trained together with the denoiser."""
+    config = UMT5Config(
+        vocab_size=len(tokenizer()), d_model=TEXT_DIM, d_kv=32, d_ff=192, num_layers=1, num_heads=3, dropout_rate=0.0
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def pipeline(seed: int = 0) -> WanPipeline:
+    """A `WanPipeline` of these parts with random weights.
+
+    Example:
+        >>> from vision_attn.diffusion.tiny import pipeline
+        >>> pipe = pipeline()
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe("a red circle", height=48, width=48, num_frames=5, num_inference_steps=1).frames.shape
+        (1, 5, 48, 48, 3)
+    """
+    torch.manual_seed(seed)
+    return WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=vae().eval(),
+        transformer=denoiser().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )

@@ -1,0 +1,288 @@
+"""Train the built-in video model from scratch on the shapes world: first the VAE, then the denoiser.
+
+    python -m vision_attn.diffusion.train vae --out runs/shapes-video
+    python -m vision_attn.diffusion.train denoiser --out runs/shapes-video
+    python -m vision_attn.diffusion.train evaluate --out runs/shapes-video
+
+Each stage goes on from its last checkpoint when it is called again, and writes the finished part into the diffusers
+folder `OUT`, which `WanPipeline.from_pretrained(OUT)` and `vision-attn generate --model OUT` read.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vision_attn.diffusion import tiny
+from vision_attn.shapes import COLORS, DIRECTIONS, SHAPES, caption, render, sample_scene, score
+from vision_attn.shapes.scene import BACKGROUND
+
+
+class Checkpoint:
+    """Parameters, AdamW moments and moving averages of a module in one safetensors file, written atomically."""
+
+    def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]):
+        self.path, self.module, self.optimizer, self.average = path, module, optimizer, average
+
+    def save(self, step: int, seconds: float) -> None:
+        tensors = {f"average.{name}": value for name, value in self.average.items()}
+        for name, parameter in self.module.named_parameters():  # unlike state_dict, names shared weights once
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        partial = self.path.with_suffix(".partial")
+        meta = {"step": str(step), "seconds": str(seconds)}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, meta)
+        partial.replace(self.path)
+
+    def load(self) -> tuple[int, float]:
+        """Steps done and seconds spent; zeros where there is no checkpoint."""
+        if not self.path.exists():
+            return 0, 0.0
+        with safe_open(self.path, "pt") as file:
+            stored = {key: file.get_tensor(key) for key in file.keys()}
+            meta = file.metadata()
+        self.average.update({n: stored[f"average.{n}"] for n in self.average})
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(stored[f"model.{name}"])
+            self.optimizer.state[parameter] = {
+                key: stored[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        return int(meta["step"]), float(meta["seconds"])
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[np.random.Generator, float], Tensor],
+    *,
+    out: Path,
+    steps: int,
+    lr: float,
+    seed: int,
+    decay: float,
+    every: int = 200,
+) -> dict[str, float]:
+    """AdamW with warm-up and cosine; `loss_of(rng, progress)` makes a batch. Leaves the moving average in `module`."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {n: p.detach().clone() for n, p in module.named_parameters()}
+    checkpoint = Checkpoint(out / f"{name}.checkpoint.safetensors", module, optimizer, average)
+    first, before = checkpoint.load()
+    start, smooth = time.perf_counter(), None
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
+    for step in bar:
+        warm = min(1.0, (step + 1) / 100)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+        torch.manual_seed(seed * 1_000_003 + step)  # every step has its own noise, so that resuming changes nothing
+        loss = loss_of(np.random.default_rng((seed, step)), step / steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rate = min(decay, (1 + step) / (10 + step))
+        for n, p in module.named_parameters():
+            average[n].lerp_(p.detach(), 1 - rate)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, before + time.perf_counter() - start)
+            with (out / f"{name}.log.jsonl").open("a") as log:
+                seconds = round(before + time.perf_counter() - start)
+                log.write(json.dumps({"step": step + 1, "loss": round(smooth, 5), "seconds": seconds}) + "\n")
+    with torch.no_grad():
+        for n, p in module.named_parameters():
+            p.copy_(average[n])
+    return {"steps": steps, "seconds": round(before + (time.perf_counter() - start if first < steps else 0))}
+
+
+def batch_of_clips(
+    rng: np.random.Generator, size: int, frames: int, things: tuple[float, ...] = (0.6, 0.25, 0.15)
+) -> tuple[Tensor, list[str]]:
+    """Random pieces of random scenes, `[size, 3, frames, 48, 48]` in -1..1, with captions.
+
+    `things` are the shares of scenes with one, two and three shapes.
+    """
+    clips, texts = [], []
+    for _ in range(size):
+        scene = sample_scene(rng, 1 + int(rng.choice(len(things), p=things)))
+        start = int(rng.integers(0, scene.frames - frames + 1))
+        clips.append(render(scene)[start : start + frames])
+        texts.append(caption(scene, rng))
+    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return video * 2 - 1, texts
+
+
+def decode_unclamped(vae, latents: Tensor) -> Tensor:
+    """`vae.decode` without its final clamp, whose zero gradient would freeze every pixel that overshoots."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(latents)
+    frames = []
+    for i in range(hidden.shape[2]):
+        vae._conv_idx = [0]
+        frame = hidden[:, :, i : i + 1]
+        frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0))
+    vae.clear_cache()
+    return unpatchify(torch.cat(frames, 2), vae.config.patch_size)
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    vae = tiny.vae()
+    empty = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
+
+    def loss_of(rng: np.random.Generator, progress: float) -> Tensor:
+        # Still images first: on clips from the start, colour is learned last or never.
+        frames, size = (1, 32) if progress < 0.15 else (9, 6) if progress < 0.75 else (17, 4)
+        video, _ = batch_of_clips(rng, size, frames)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            posterior = vae.encode(video).latent_dist
+            drawn = decode_unclamped(vae, posterior.sample()).float()
+        weight = 1 + 8 * ((video - empty).abs().amax(1, keepdim=True) > 0.1)
+        weight = weight * torch.tensor([2.0] + [1.0] * (frames - 1)).view(1, 1, -1, 1, 1)  # frame 0 has its own latent
+        error = (drawn - video) * weight / weight.mean()
+        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        return error.abs().mean() + (error * (drawn - video)).mean() + 1e-4 * divergence
+
+    done = fit("vae", vae, loss_of, out=args.out, steps=args.steps or 1800, lr=2e-3, seed=args.seed, decay=0.995)
+    vae.eval()
+    video, _ = batch_of_clips(np.random.default_rng((args.seed, 10**9)), 64, 17)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in video.split(8)])
+        drawn = torch.cat([vae.decode(part).sample for part in latents.split(8)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    done["psnr"] = round(float(-10 * torch.log10(((drawn - video) / 2).square().mean())), 2)
+    vae.half().save_pretrained(args.out / "vae")
+    (args.out / "vae.json").write_text(json.dumps(done | {"seed": args.seed, "bf16": args.bf16}))
+    print(json.dumps(done))
+
+
+def encode_clips(args: argparse.Namespace, vae, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Normalised latents of `count` clips `[count, 16, 5, 6, 6]` and as many stills; kept in a file for resuming."""
+    path = args.out / "latents.safetensors"
+    if not path.exists():
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        clips, stills, texts = [], [], []
+        for i in tqdm(range(0, count, 16), desc="latents"):
+            video, text = batch_of_clips(np.random.default_rng((args.seed, 1, i)), 16, 17, (0.8, 0.2))
+            middle = video[:, :, int(np.random.default_rng((args.seed, 2, i)).integers(17))].unsqueeze(2)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                clips.append((vae.encode(video).latent_dist.mode().float() - mean) / std)
+                stills.append((vae.encode(middle).latent_dist.mode().float() - mean) / std)
+            texts += text
+        partial = path.with_suffix(".partial")
+        save_file({"clips": torch.cat(clips), "stills": torch.cat(stills)}, partial, {"texts": json.dumps(texts)})
+        partial.replace(path)
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("clips"), file.get_tensor("stills"), json.loads(file.metadata()["texts"])
+
+
+def embed(text_encoder, tokens, texts: list[str], length: int) -> Tensor:
+    """What `WanPipeline.encode_prompt` computes, with gradients: padding embeddings are zeros."""
+    batch = tokens(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    hidden = text_encoder(batch.input_ids, batch.attention_mask).last_hidden_state * batch.attention_mask[..., None]
+    return nn.functional.pad(hidden, (0, 0, 0, length - 16))
+
+
+def train_denoiser(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    pipe = tiny.pipeline(args.seed)
+    vae = type(pipe.vae).from_pretrained(args.out / "vae").eval()
+    clips, stills, texts = encode_clips(args, vae, args.clips)
+    model = nn.ModuleDict({"text_encoder": pipe.text_encoder, "transformer": pipe.transformer}).train()
+    compiled = torch.compile(pipe.transformer) if args.compile else pipe.transformer
+
+    def loss_of(rng: np.random.Generator, progress: float) -> Tensor:
+        # WanPipeline pads prompts to 512 by default; short padding most of the time, long padding sometimes, so that
+        # both work. Only the usual shape is compiled.
+        still, length = rng.random() < 0.12, 512 if rng.random() < 0.1 else 16
+        chosen = rng.integers(0, len(texts), 64 if still else 16)
+        words = []
+        for i in chosen:
+            text = texts[i]
+            if still or rng.random() < 0.05:
+                text = " and ".join(part.split(" moves ")[0] for part in text.split(" and "))
+            words.append("" if rng.random() < 0.1 else text)
+        clean = (stills if still else clips)[torch.from_numpy(chosen)]
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        level = torch.from_numpy(1 / (1 + np.exp(-0.3 - 1.2 * rng.standard_normal(len(chosen))))).float()
+        at = level.view(-1, 1, 1, 1, 1)
+        net = pipe.transformer if still or length > 16 else compiled
+        prompt = embed(pipe.text_encoder, pipe.tokenizer, words, length)
+        flow = net((1 - at) * clean + at * noise, 1000 * level, prompt, return_dict=False)[0]
+        return (flow - (noise - clean)).square().mean()
+
+    done = fit(
+        "denoiser", model, loss_of, out=args.out, steps=args.steps or 8000, lr=1.5e-3, seed=args.seed, decay=0.999
+    )
+    pipe.vae = vae
+    pipe.to(torch.float16)
+    pipe.save_pretrained(args.out)
+    record = done | {"seed": args.seed, "clips": len(texts)}
+    (args.out / "denoiser.json").write_text(json.dumps(record))
+    print(json.dumps(record))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Draw 100 captions of one thing that name size at times, and let the judge score them."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(args.out)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng((args.seed, 3))
+    things = [f"{size}{color} {shape}" for size in ("", "small ", "big ") for color in COLORS for shape in SHAPES]
+    prompts = [f"a {thing} moves {direction}" for thing in things for direction in DIRECTIONS]
+    prompts = [prompts[i] for i in rng.permutation(len(prompts))[: args.prompts]]
+    rows, start = [], time.perf_counter()
+    for i, prompt in enumerate(tqdm(prompts, desc="evaluate")):
+        generator = torch.Generator().manual_seed(10_000 + i)
+        video = pipe(
+            prompt,
+            height=48,
+            width=48,
+            num_frames=17,
+            num_inference_steps=args.sampling_steps,
+            guidance_scale=args.guidance,
+            generator=generator,
+        ).frames[0]
+        rows.append({"prompt": prompt} | score(video, prompt))
+    means = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0] if key != "prompt"}
+    means["seconds_per_clip"] = round((time.perf_counter() - start) / len(rows), 2)
+    means |= {"prompts": len(rows), "steps": args.sampling_steps, "guidance": args.guidance, "threads": args.threads}
+    (args.out / "evaluation.json").write_text(json.dumps({"mean": means, "rows": rows}, indent=1))
+    print(json.dumps(means))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "vision_attn.diffusion.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["vae", "denoiser", "evaluate"])
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the finished pipeline")
+    parser.add_argument("--steps", type=int, help="training steps (the stage's own default if not given)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="more than one is slower on a busy machine")
+    parser.add_argument("--clips", type=int, default=6000, help="denoiser: clips encoded once before training")
+    parser.add_argument("--compile", action="store_true", help="denoiser: torch.compile, two minutes for a faster step")
+    parser.add_argument("--prompts", type=int, default=100, help="evaluate: how many captions")
+    parser.add_argument("--sampling-steps", type=int, default=20, help="evaluate: denoising steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="evaluate: guidance scale")
+    parser.add_argument("--bf16", action="store_true", help="autocast; pays on CPUs with AMX")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"vae": train_vae, "denoiser": train_denoiser, "evaluate": evaluate}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
