@@ -10,6 +10,8 @@ import functools
 import itertools
 import math
 
+import torch
+
 from .patterns import Separable
 from .patterns.base import Axis
 
@@ -112,3 +114,21 @@ def best_bound(pattern: Separable, grid: tuple[int, ...], size: int = 64) -> tup
         (math.prod(count(i, q[i], k[i]) for i in range(len(grid))), q, k) for q in shapes for k in shapes
     )
     return math.prod(grid) ** 2 / (total * size * size), tq, tk
+
+
+def tile_maps(axis: Axis, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For tiles of `side` positions, bool `[tiles, tiles]`: the query tile sees any of the key tile; all of it does."""
+    first = torch.arange(0, axis.extent, side)
+    last = (first + side).clamp(max=axis.extent) - 1
+    lo, hi = torch.tensor(axis.lo), torch.tensor(axis.hi)
+    visited = (lo[first][:, None] < first + side) & (first < hi[last][:, None])
+    return visited, (lo[last][:, None] <= first) & (first + side <= hi[first][:, None])
+
+
+@functools.lru_cache(maxsize=256)
+def aligned_tile(pattern: Separable, grid: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The box of `size` tokens with power-of-two sides that, as query and key tile in one, makes the fewest visits."""
+    powers = [2**i for i in range(size.bit_length())]
+    shapes = [s for s in itertools.product(powers, repeat=len(grid)) if math.prod(s) == size]
+    axes = pattern.axes(grid)
+    return min(shapes, key=lambda s: math.prod(visits(a, t, t, aligned=True)[0] for a, t in zip(axes, s, strict=True)))

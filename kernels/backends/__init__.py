@@ -1,35 +1,41 @@
-"""Backends: ways to compute the same thing. Adding one is one file here and one line in this table.
+"""Backends: ways to compute the same thing. Adding one is one file here and one line in the table below.
 
-A backend is a module with `refuse(problem) -> list[str]`, every reason why it cannot do a problem; `by_name_only(problem)`, the reason
-why it is not picked on its own, or None; and `run(problem, q, k, v, scale, extra_kv, extra_mask) -> (out, lse)`, where lse may be None
-unless `problem.return_lse`. Backends do not import each other and never change the result.
+A backend is a module with
+- `limits(problem) -> list[str]`: every reason, from the problem alone, why it cannot do it;
+- `missing(device) -> list[str]`: what this machine lacks to run it on a device type such as "cuda";
+- `by_name_only(problem) -> str | None`: why it is not picked on its own;
+- `run(problem, q, k, v, scale, extra_kv, extra_mask) -> (out, lse)`, with lse None unless `problem.return_lse`;
+- `backward(...)`, optional: gradients without autograd, which lets it train inside compiled graphs.
+
+Backends do not import each other and never change the result.
 """
 
 from types import ModuleType
 
 from ..problem import Problem
-from . import reference, tiled
+from . import flex, natten, reference, tiled
 
-BACKENDS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}  # fastest first
+# In the order of preference: the first that can do a problem, and does not wait to be asked by name, is used.
+BACKENDS: dict[str, ModuleType] = {"natten": natten, "flex": flex, "tiled": tiled, "reference": reference}
 
 
-def refusals(problem: Problem) -> dict[str, list[str]]:
-    """For every backend the reasons why it cannot do `problem`; an empty list means it can."""
-    return {name: backend.refuse(problem) for name, backend in BACKENDS.items()}
+def refuse(name: str, problem: Problem) -> list[str]:
+    """Every reason why backend `name` cannot do `problem` here; empty when it can."""
+    module = BACKENDS[name]
+    reasons = module.missing(problem.device) + module.limits(problem)
+    if problem.in_graph and problem.needs_grad and not hasattr(module, "backward"):
+        reasons.append("no gradients inside a graph of torch.compile")
+    return reasons
 
 
 def choose(problem: Problem, backend: str | None = None) -> str:
     """The backend that `attend` uses: the named one, or the first that can and is not left to be asked for."""
     if backend is None:
-        for name, module in BACKENDS.items():
-            if not module.refuse(problem) and module.by_name_only(problem) is None:
-                return name
-        reasons = [f"{name}: {'; '.join(why) or BACKENDS[name].by_name_only(problem)}" for name, why in refusals(problem).items()]
-        raise ValueError("no backend does this on its own:\n  " + "\n  ".join(reasons))
+        return next(n for n, m in BACKENDS.items() if not m.by_name_only(problem) and not refuse(n, problem))
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}, or None to let attend pick")
-    reasons = BACKENDS[backend].refuse(problem)
+    reasons = refuse(backend, problem)
     if reasons:
-        able = [name for name, why in refusals(problem).items() if not why]
-        raise ValueError(f"backend {backend!r} cannot do this: {'; '.join(reasons)}. Backends that can: {', '.join(able) or 'none'}")
+        able = [name for name in BACKENDS if not refuse(name, problem)]
+        raise ValueError(f"backend {backend!r} cannot do this: {'; '.join(reasons)}. These can: {', '.join(able)}")
     return backend

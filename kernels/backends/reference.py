@@ -7,7 +7,11 @@ import torch
 from ..problem import Problem
 
 
-def refuse(problem: Problem) -> list[str]:
+def missing(device: str) -> list[str]:
+    return []
+
+
+def limits(problem: Problem) -> list[str]:
     """It can do everything, given the memory for tokens x tokens scores."""
     return []
 

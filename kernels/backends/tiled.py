@@ -24,7 +24,11 @@ from ..tiles import cut, tile_sides
 CHUNK_BYTES = 8 * 2**20  # of gathered keys, values and scores at a time; the fastest of 1 to 32 MB on a CPU
 
 
-def refuse(problem: Problem) -> list[str]:
+def missing(device: str) -> list[str]:
+    return []
+
+
+def limits(problem: Problem) -> list[str]:
     known = isinstance(problem.pattern, (Separable, Blocked))
     return [] if known else [f"{type(problem.pattern).__name__} gives neither intervals nor block lists"]
 

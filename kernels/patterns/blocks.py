@@ -34,11 +34,13 @@ class Blocked(Pattern):
 
 
 def lists_from_map(block: tuple[int, int], visited: torch.Tensor, full: torch.Tensor | None = None) -> Lists:
-    """Block lists from bool maps `[*lead, query blocks, key blocks]`: `full` blocks first, each part in ascending order."""
+    """Block lists from bool maps `[*lead, query blocks, key blocks]`: `full` blocks first, each part in ascending order.
+
+    There are as many slots as key blocks, which FlexAttention insists on.
+    """
     full = visited if full is None else full & visited
     rank = 2 - visited.to(torch.int8) - full.to(torch.int8)
-    slots = max(int(visited.sum(-1).max()), 1) if visited.numel() else 1
-    index = rank.argsort(dim=-1, stable=True)[..., :slots].to(torch.int32)
+    index = rank.argsort(dim=-1, stable=True).to(torch.int32)
     return Lists(block, index, visited.sum(-1, dtype=torch.int32), full.sum(-1, dtype=torch.int32))
 
 

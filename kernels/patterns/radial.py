@@ -13,7 +13,8 @@ from .base import Predicate, check_grid, is_int
 from .blocks import Blocked, Lists, block_lengths, lists_from_map
 
 RULES = ("token", "block")
-TOKEN_RULE_BLOCK = 64  # the token rule is exact at any block size; small blocks leave less to mask
+# Block sizes of the token rule, which is exact at any: small blocks leave less to mask, large ones keep long lists short.
+SMALL_BLOCK, LARGE_BLOCK, LONG = 64, 128, 65536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _lists(pattern: Radial, grid: tuple[int, int], device: str) -> Lists:
     if pattern.rule == "block":
         block, visited, full = pattern.block, pattern.block_map(grid), None
     else:
-        block = TOKEN_RULE_BLOCK
+        block = SMALL_BLOCK if math.prod(grid) <= LONG else LARGE_BLOCK
         visited, full = _token_blocks(pattern, grid, block)
     lists = lists_from_map((block, block), visited, full)
     return Lists(lists.block, lists.index.to(device), lists.count.to(device), lists.full_count.to(device))
