@@ -55,27 +55,32 @@ class ModelInfo:
     def video(self) -> bool:
         return self.family.fps > 0
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+    def grid(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, ...] | None:
         """Tokens per axis, `(t, h, w)` for video and `(h, w)` for images, of a picture of this size in pixels.
+
+        None for a size means that the pipeline decides; the others are still checked, and the grid is None.
 
         Raises:
             SizeError: a size the model cannot draw.
         """
         latent, per_token, token_h, token_w = self.token
         name = self.family.name
+        frames = frames if self.video else frames or 1
         if not self.video and frames != 1:
             raise SizeError("frames", f"got {frames}, but {name} draws single images; leave it out")
-        if frames < 1 or (frames - 1) % latent:
+        if frames is not None and (frames < 1 or (frames - 1) % latent):
             below = max(0, frames - 1) // latent * latent + 1
             raise SizeError(
                 "frames", f"got {frames}, but {name} needs {latent}n+1; nearest: {below} and {below + latent}"
             )
         for option, size, token in (("height", height, token_h), ("width", width, token_w)):
             step = math.lcm(token, self.family.multiple)
-            if size < step or size % step:
+            if size is not None and (size < step or size % step):
                 below = size // step * step
                 nearest = f"{below} and {below + step}" if below > 0 else f"{step}"
                 raise SizeError(option, f"got {size}, but {name} needs a multiple of {step} pixels; nearest: {nearest}")
+        if None in (frames, height, width):
+            return None
         space = (height // token_h, width // token_w)
         return (-(-((frames - 1) // latent + 1) // per_token), *space) if self.video else space
 
@@ -132,7 +137,8 @@ def inspect_model(model: str | Path | None = None) -> ModelInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"{source}: the config of its vae or {net} does not fit {family.name}: {error!r}") from error
     # The built-in folder says everything itself; asking the pipeline class would cost seconds of imports.
-    defaults = {} if built_in else _call_defaults(source, name) | {"attention": family.attention}
+    defaults = {} if built_in else _call_defaults(source, name)
+    defaults["attention"] = family.attention
     if family.fps:
         defaults["fps"] = family.fps
     if path and (path / "defaults.json").exists():

@@ -140,7 +140,8 @@ def _panel(
     part.suptitle(title, fontsize=8)
     row = part.subplots(1, len(images), squeeze=False)[0]
     for axes, (label, image) in zip(row, images.items(), strict=True):
-        drawn = axes.imshow(image, interpolation="nearest", aspect="auto" if len(image) == 1 else "equal", **colors)
+        aspect = "auto" if len(image) == 1 else "equal"
+        drawn = axes.imshow(image.numpy(), interpolation="nearest", aspect=aspect, **colors)
         axes.set_title(label, fontsize=7)
         axes.tick_params(labelsize=6)
         axes.locator_params(integer=True, nbins=5)

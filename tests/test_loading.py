@@ -10,7 +10,7 @@ from vision_attn.diffusion import families, sizes
 from vision_attn.diffusion.loading import LoadError, SizeError, inspect_model, load, resolve_device, resolve_dtype
 from vision_attn.diffusion.tiny import pipeline
 
-# Pipeline class, denoiser class, VAE config, denoiser config, (frames, height, width), grid: as published with each model.
+# Pipeline class, denoiser class, VAE config, denoiser config, (frames, height, width), grid; as published.
 PUBLISHED = {
     "Wan": ("WanPipeline", "WanTransformer3DModel", {}, {"patch_size": [1, 2, 2]}, (81, 720, 1280), (21, 45, 80)),
     "Wan 480p": ("WanPipeline", "WanTransformer3DModel", {}, {}, (81, 480, 832), (21, 30, 52)),

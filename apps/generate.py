@@ -1,0 +1,208 @@
+"""`vision-attn generate`: videos and images from prompts, with sparse attention."""
+
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vision_attn.apps.pattern_options import PatternName, check_options, pattern_options
+
+SEEDS = 2**32 - 1
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option("--prompts", "prompts_file", metavar="FILE", help="Text file with one prompt per line; - reads stdin.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
+@click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
+@click.option("--model", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline; the built-in model unless given.")
+@click.option(
+    "--attention", type=PatternName(), default="dense", show_default=True, help="Name of a pattern: see below."
+)
+@click.option("--dense-steps", type=click.IntRange(0), help="First steps that stay dense.")
+@click.option("--dense-layers", type=click.IntRange(0), help="First layers that stay dense.")
+@click.option("--compare", is_flag=True, help="Also draw with dense attention and the same noise, and compare.")
+@click.option("--frames", type=int, help="Frames of a video, 4n+1 for most models; 1 draws an image.")
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
+@click.option("--guidance", type=float, help="Strength of the prompt.")
+@click.option("--negative", metavar="TEXT", help="What to keep out.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, SEEDS),
+    default=0,
+    show_default=True,
+    help="Of the first prompt; the next ones count up.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16.")
+@click.option(
+    "--progress/--no-progress", default=None, help="Progress bars on stderr; shown on a terminal unless said."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@pattern_options
+def generate(
+    prompts: tuple[str, ...],
+    prompts_file: str | None,
+    output: Path,
+    overwrite: bool,
+    model: str | None,
+    attention: str,
+    dense_steps: int | None,
+    dense_layers: int | None,
+    compare: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    progress: bool | None,
+    as_json: bool,
+    options: dict[str, Any],
+    **typed: Any,
+) -> None:
+    """Draw PROMPTs: for each an mp4 (PNG for one frame), a contact sheet, and a JSON file with every setting.
+
+    Sizes, steps and guidance come from the model unless given. --attention is dense, neighborhood, window, sliding-tile
+    or radial; an option whose help starts with one of these names belongs to it.
+
+    \b
+    Examples:
+      vision-attn generate "a red circle moves right" -o out/
+      vision-attn generate "a blue square moves up" -o out/ --attention radial --compare
+      vision-attn generate --prompts prompts.txt -o out/ --attention neighborhood --window 3,5,5 --dense-steps 2
+      vision-attn generate "a cat on a skateboard" -o out/ --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+          --attention radial --dense-steps 12 --dense-layers 1 --device cuda
+    """
+    texts = read_prompts(prompts, prompts_file)
+    if seed + len(texts) - 1 > SEEDS:
+        raise click.UsageError(f"--seed {seed} and {len(texts)} prompts count past {SEEDS}, the largest seed.")
+    guidance = typed["guidance"]
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+        raise click.UsageError(f"--guidance: got {guidance}; give a number of at least 0, usually 1 to 10.")
+    check_options(attention, options)
+    if attention == "dense":
+        for name, value in (
+            ("--dense-steps", dense_steps),
+            ("--dense-layers", dense_layers),
+            ("--compare", compare or None),
+        ):
+            if value is not None:
+                raise click.UsageError(f"{name} needs a sparse attention; add for example --attention radial.")
+
+    from vision_attn.apps import job as jobs
+    from vision_attn.apps.files import check_new, writable_folder
+    from vision_attn.diffusion.loading import load, resolve_device, resolve_dtype
+
+    job = jobs.plan(
+        model,
+        attention,
+        options,
+        typed,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
+        with_dense=compare,
+        output=output,
+    )
+    number = None if dtype == "auto" else dtype
+    try:
+        resolve_dtype(number, resolve_device(device), built_in=job.info.built_in)
+    except ValueError as error:
+        raise click.UsageError(f"--{error}") from error
+    need("av", "PIL", *(["skimage"] if compare else []))
+    writable_folder(output)
+    check_new((path for at, text in enumerate(texts) for path in job.files(text, seed + at).values()), overwrite)
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    _quiet_loading(not shown)
+    loaded = load(model, device=device, dtype=number)
+    if job.info.built_in:
+        _warn_of_words(loaded, [*texts, typed["negative"] or ""])
+    records: list[dict[str, Any]] = []
+    try:
+        loaded.pipe.set_progress_bar_config(disable=not shown, desc="warm-up" if compare else None)
+        arguments = jobs.prepare(job, loaded, texts[0])
+        for at, text in enumerate(texts):
+            loaded.pipe.set_progress_bar_config(disable=not shown, desc=f"{at + 1} of {len(texts)}")
+            records.append(jobs.run(job, loaded, arguments, text, seed + at))
+            if not as_json:
+                click.echo(describe(records[-1]))
+    except KeyboardInterrupt:
+        done = f"{len(records)} of {len(texts)} prompts are done"
+        raise KeyboardInterrupt(f"{done}; nothing was left half-written in {output}.") from None
+    if as_json:
+        click.echo(jobs.dump({"results": records}))
+
+
+def need(*modules: str) -> None:
+    """Raise ImportError now, rather than after minutes of work, when a package that will be used is missing."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not installed; run: pip install 'vision-attn[apps]'")
+
+
+def read_prompts(typed: tuple[str, ...], file: str | None) -> list[str]:
+    """Prompts of the command line, then those of the file; raises click.UsageError for none and for empty ones."""
+    prompts = [text.strip() for text in typed]
+    if "" in prompts:
+        raise click.UsageError(f"prompt {prompts.index('') + 1} is empty; describe what to draw.")
+    if file is not None:
+        where = "stdin" if file == "-" else file
+        try:
+            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+        except OSError as error:
+            raise click.UsageError(
+                f"--prompts {where}: {error.strerror}; give a text file with one prompt per line."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise click.UsageError(
+                f"--prompts {where}: not UTF-8 text (byte {error.start}); save it as UTF-8."
+            ) from error
+        if not any(lines):
+            raise click.UsageError(f"--prompts {where}: empty; give one prompt per line.")
+        prompts += [line for line in lines if line]
+    if not prompts:
+        raise click.UsageError('no prompt; give one in quotes, such as "a red circle moves right", or --prompts FILE.')
+    return prompts
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The lines printed for one result."""
+    name = record["attention"]["pattern"]
+    lines = [f"{record['prompt']} (seed {record['seed']}, {record['frames']} x {record['height']} x {record['width']})"]
+    lines += [f"  {kind:<13} {path}" for kind, path in record["files"].items()]
+    kept = [d["kept"] for d in record["report"]["denoisers"] if d["kept"] is not None] if record["report"] else []
+    density = f", {max(kept):.1%} of the query-key pairs computed" if kept else ""
+    lines.append(f"  {name:<13} {record['seconds']:.2f} s{density}")
+    if "comparison" in record:
+        result = record["comparison"]
+        lines.append(f"  {'dense':<13} {record['dense_seconds']:.2f} s, speed-up by {name} {result['speedup']:.2f}x")
+        psnr = "identical" if result["psnr"] is None else f"PSNR {result['psnr']:.1f} dB"
+        lines.append(f"  {'difference':<13} {psnr}, SSIM {result['ssim']:.3f}")
+    return "\n".join(lines)
+
+
+def _warn_of_words(loaded: Any, texts: list[str]) -> None:
+    from vision_attn.apps.job import unknown_words
+
+    unknown = list(dict.fromkeys(word for text in texts for word in unknown_words(loaded, text)))
+    if unknown:
+        vocabulary = loaded.pipe.tokenizer.get_vocab()
+        known = ", ".join(sorted(word for word in vocabulary if not word.startswith("<")))
+        click.echo(f"Warning: the built-in model does not know {', '.join(unknown)}. It knows: {known}.", err=True)
+    limit = loaded.defaults["max_sequence_length"]
+    for text in texts:
+        if len(loaded.pipe.tokenizer(text).input_ids) > limit:
+            click.echo(f"Warning: the built-in model reads {limit} tokens, fewer than there are in {text!r}.", err=True)
+
+
+def _quiet_loading(quiet: bool) -> None:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    if quiet:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()

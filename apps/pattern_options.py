@@ -1,0 +1,136 @@
+"""The options of patterns on the command line, shared by every command that takes a pattern."""
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from vision_attn.kernels.patterns import Pattern
+
+# Pattern -> its options: the fields of its dataclass, spelled out here so that --help need not import torch.
+# BlockList is computed from data and has no place on a command line.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "neighborhood": ("window", "stride", "dilation", "causal"),
+    "window": ("size", "shift"),
+    "sliding-tile": ("tile", "window"),
+    "radial": ("decay", "block", "sink", "rule", "thin"),
+}
+EXAMPLES = {
+    "neighborhood": "--window 5,9,9",
+    "window": "--size 8,8",
+    "sliding-tile": "--tile 3,8,8 --window 3,3,3",
+}
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """ " did you mean ...?", or nothing when no name is close."""
+    close = difflib.get_close_matches(name, list(allowed), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class PatternName(click.ParamType):
+    name = "attention"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in PATTERNS:
+            allowed = ", ".join(PATTERNS)
+            self.fail(f"unknown attention {value!r}{nearest(value, PATTERNS)} Allowed: {allowed}.", param, ctx)
+        return value
+
+
+class PerAxis(click.ParamType):
+    """One value for every axis of the grid, or one per axis separated by commas."""
+
+    name = "n[,n,n]"
+
+    def __init__(self, what: str, read: Callable[[str], Any], always_tuple: bool = False):
+        self.what, self.read, self.always_tuple = what, read, always_tuple
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            entries = tuple(self.read(entry.strip()) for entry in value.split(","))
+        except (KeyError, ValueError):
+            self.fail(f"got {value!r}; give {self.what}, separated by commas", param, ctx)
+        return entries if self.always_tuple or len(entries) > 1 else entries[0]
+
+
+INTS = PerAxis("one whole number, or one per axis", int)
+BOOLS = PerAxis("true or false, once or one per axis", {"true": True, "false": False}.__getitem__)
+GRID = PerAxis("one to three sizes in tokens, such as 21,45,80 for (frames, height, width)", int, always_tuple=True)
+
+_OPTIONS = [
+    click.option("--window", type=INTS, help="neighborhood: keys per axis; sliding-tile: tiles per axis."),
+    click.option("--stride", type=INTS, help="neighborhood: queries per axis that share one window."),
+    click.option("--dilation", type=INTS, help="neighborhood: step between the keys of a window."),
+    click.option("--causal", type=BOOLS, help="neighborhood: look back only, for example true,false,false."),
+    click.option("--size", type=INTS, help="window: tokens per window and axis."),
+    click.option("--shift", type=INTS, help="window: where the first cut lies."),
+    click.option("--tile", type=INTS, help="sliding-tile: tokens per tile and axis."),
+    click.option("--decay", type=float, help="radial: width of the diagonals; less is sparser."),
+    click.option("--block", type=int, help="radial: narrowest half width in tokens, and the block of --rule block."),
+    click.option("--sink/--no-sink", default=None, help="radial: every token sees the first frame."),
+    click.option("--rule", help="radial: token (exact) or block (as published)."),
+    click.option("--thin", type=int, help="radial: far frames are skipped below this width; 0 keeps all."),
+]
+NAMES = ("window", "stride", "dilation", "causal", "size", "shift", "tile", "decay", "block", "sink", "rule", "thin")
+
+
+def pattern_options(command: Callable) -> Callable:
+    """Give a click command the options of every pattern; it receives those that were typed as `options`."""
+
+    @functools.wraps(command)
+    def packed(*args: Any, **kwargs: Any) -> Any:
+        typed = {name: kwargs.pop(name) for name in NAMES}
+        return command(*args, options={key: value for key, value in typed.items() if value is not None}, **kwargs)
+
+    for option in reversed(_OPTIONS):
+        packed = option(packed)
+    return packed
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse options that belong to another pattern."""
+    for option in options:
+        if option not in PATTERNS[name]:
+            homes = " and ".join(home for home, own in PATTERNS.items() if option in own)
+            own = ", ".join(f"--{other}" for other in PATTERNS[name]) or "no options"
+            raise click.UsageError(f"--{option} belongs to {homes}, not to {name}, which takes {own}.")
+
+
+def build_pattern(
+    name: str, options: dict[str, Any], grid: tuple[int, ...] | None = None, suggested: dict[str, Any] | None = None
+) -> "Pattern":
+    """The pattern that was asked for.
+
+    Args:
+        name: a key of `PATTERNS`.
+        options: what was typed.
+        grid: check that the pattern fits this grid.
+        suggested: options of this pattern that suit the model, used where nothing was typed.
+
+    Raises:
+        click.UsageError: options of another pattern, missing or wrong ones, or a pattern that does not fit the grid.
+    """
+    import dataclasses
+
+    from vision_attn.kernels import patterns
+
+    check_options(name, options)
+    cls = patterns.PATTERNS[name]
+    chosen = {**(suggested or {}), **options}
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in chosen:
+            raise click.UsageError(f"{name} needs --{field.name}, for example {EXAMPLES[name]}.")
+    try:
+        pattern = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()})
+        if grid is not None:
+            pattern.check(grid)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    return pattern
