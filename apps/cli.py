@@ -58,7 +58,11 @@ def _debug_option() -> click.Option:
     return click.Option(["--debug"], is_flag=True, expose_value=False, callback=remember, help=text)
 
 
-@click.group(cls=Commands, params=[_debug_option()], context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    params=[_debug_option()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="vision-attn")
 def cli() -> None:
     """Spatial attention for diffusion pipelines: sparse patterns that run on any machine.

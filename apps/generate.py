@@ -20,7 +20,12 @@ SEEDS = 2**32 - 1
 @click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
 @click.option("--model", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline; the built-in model unless given.")
 @click.option(
-    "--attention", type=PatternName(), default="dense", show_default=True, help="Name of a pattern: see below."
+    "--attention",
+    type=PatternName(),
+    default="dense",
+    show_default=True,
+    metavar="NAME",
+    help="Who sees whom; names above.",
 )
 @click.option("--dense-steps", type=click.IntRange(0), help="First steps that stay dense.")
 @click.option("--dense-layers", type=click.IntRange(0), help="First layers that stay dense.")
@@ -116,17 +121,16 @@ def generate(
     check_new((path for at, text in enumerate(texts) for path in job.files(text, seed + at).values()), overwrite)
 
     shown = sys.stderr.isatty() if progress is None else progress
-    _quiet_loading(not shown)
+    _loading_bars(shown)
     loaded = load(model, device=device, dtype=number)
     if job.info.built_in:
         _warn_of_words(loaded, [*texts, typed["negative"] or ""])
     records: list[dict[str, Any]] = []
     try:
-        loaded.pipe.set_progress_bar_config(disable=not shown, desc="warm-up" if compare else None)
-        arguments = jobs.prepare(job, loaded, texts[0])
+        arguments = jobs.prepare(job, loaded, texts[0], "warm-up" if shown else "")
         for at, text in enumerate(texts):
-            loaded.pipe.set_progress_bar_config(disable=not shown, desc=f"{at + 1} of {len(texts)}")
-            records.append(jobs.run(job, loaded, arguments, text, seed + at))
+            bar = f"{at + 1} of {len(texts)}" if shown else ""
+            records.append(jobs.run(job, loaded, arguments, text, seed + at, bar))
             if not as_json:
                 click.echo(describe(records[-1]))
     except KeyboardInterrupt:
@@ -199,10 +203,10 @@ def _warn_of_words(loaded: Any, texts: list[str]) -> None:
             click.echo(f"Warning: the built-in model reads {limit} tokens, fewer than there are in {text!r}.", err=True)
 
 
-def _quiet_loading(quiet: bool) -> None:
+def _loading_bars(shown: bool) -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    if quiet:
+    transformers.utils.logging.disable_progress_bar()  # it would be a bar within the bar of diffusers
+    if not shown:
         diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()

@@ -87,7 +87,7 @@ def _cut(suggested: dict[str, Any], grid: tuple[int, ...] | None) -> dict[str, A
     return {k: [min(pair) for pair in zip(v, grid, strict=True)] if fits[k] else v for k, v in suggested.items()}
 
 
-def prepare(job: Job, loaded: LoadedPipeline, prompt: str) -> dict[str, Any]:
+def prepare(job: Job, loaded: LoadedPipeline, prompt: str, bar: str) -> dict[str, Any]:
     """Check what only the loaded model can tell, warm up where times count, and return the arguments of its call."""
     try:
         arguments = call_arguments(loaded.pipe, job.settings)
@@ -98,14 +98,16 @@ def prepare(job: Job, loaded: LoadedPipeline, prompt: str) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     if job.compare:
-        warm_up(loaded, prompt, arguments, [job.attachment, None])
+        warm_up(loaded, prompt, arguments, [job.attachment, None], bar)
     return arguments
 
 
-def run(job: Job, loaded: LoadedPipeline, arguments: dict[str, Any], prompt: str, seed: int) -> dict[str, Any]:
+def run(
+    job: Job, loaded: LoadedPipeline, arguments: dict[str, Any], prompt: str, seed: int, bar: str
+) -> dict[str, Any]:
     """Draw a prompt, write its files, and return the record that the JSON file holds."""
-    made = sample(loaded, prompt, seed, arguments, job.attachment)
-    dense = sample(loaded, prompt, seed, arguments) if job.compare else None
+    made = sample(loaded, prompt, seed, arguments, job.attachment, bar)
+    dense = sample(loaded, prompt, seed, arguments, None, bar and f"{bar}, dense") if job.compare else None
     frames, height, width = made.frames.shape[:3]
     pattern = job.attachment.pattern.to_dict() if job.attachment else {"pattern": "dense"}
     schedule = job.attachment.schedule if job.attachment else {}

@@ -62,13 +62,24 @@ def call_arguments(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample(
-    loaded: LoadedPipeline, prompt: str, seed: int, arguments: dict[str, Any], attachment: Attachment | None = None
+    loaded: LoadedPipeline,
+    prompt: str,
+    seed: int,
+    arguments: dict[str, Any],
+    attachment: Attachment | None = None,
+    bar: str = "",
 ) -> Sample:
     """Draw one prompt. The noise comes from a CPU generator, so a seed means the same picture on every device.
+
+    Args:
+        arguments: of the pipeline's call, see `call_arguments`.
+        attachment: None for the untouched model.
+        bar: name of the progress bar on stderr; no bar without a name.
 
     Raises:
         RuntimeError: the model produced numbers that are no picture.
     """
+    loaded.pipe.set_progress_bar_config(disable=not bar, desc=bar)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = time.perf_counter()
     if attachment is None:
@@ -87,14 +98,14 @@ def sample(
 
 
 def warm_up(
-    loaded: LoadedPipeline, prompt: str, arguments: dict[str, Any], attachments: list[Attachment | None]
+    loaded: LoadedPipeline, prompt: str, arguments: dict[str, Any], attachments: list[Attachment | None], bar: str
 ) -> None:
     """Two steps of each kind, so that neither of two timed runs pays for imports, compilation and first allocations."""
     short = arguments | {"num_inference_steps": min(2, arguments.get("num_inference_steps", 2))}
     for attachment in attachments:
         if attachment is not None:
             attachment = Attachment(attachment.pattern, 0, attachment.dense_layers)
-        sample(loaded, prompt, 0, short, attachment)
+        sample(loaded, prompt, 0, short, attachment, bar)
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, float | None]:

@@ -211,7 +211,6 @@ def test_prompts_from_a_file_and_stdin_count_seeds_up(model, tmp_path, capsys, m
 
 def test_a_seed_is_a_picture(model, tmp_path, capsys):
     loaded = load(model, device="cpu")
-    loaded.pipe.set_progress_bar_config(disable=True)
     arguments = sampling.call_arguments(
         loaded.pipe, {**{k: DEFAULTS[k] for k in ("height", "width", "steps")}, "frames": 1}
     )
