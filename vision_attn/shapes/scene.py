@@ -13,7 +13,7 @@ COLORS = {
     "white": (245, 245, 245),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SIZES = {"small": (0.115, 0.13), "big": (0.17, 0.19)}  # radius as a share of the frame's shorter side
+SIZES = {"small": (0.14, 0.155), "big": (0.195, 0.215)}  # radius as a share of the frame's shorter side
 BACKGROUND = (20, 22, 30)
 
 
@@ -77,8 +77,9 @@ def sample_thing(
     size: str | None = None,
     direction: str | None = None,
     extent: tuple[float, float] = (1.0, 1.0),
+    least_room: float = 0.33,
 ) -> Thing:
-    """Draw what is not given. `extent` is the frame's `(width, height)` in shares of its shorter side."""
+    """Draw what is not given. Lengths are shares of the frame's shorter side; `extent` is its `(width, height)`."""
     shape = shape or str(rng.choice(SHAPES))
     color = color or str(rng.choice(list(COLORS)))
     low, high = SIZES[size] if size else (SIZES["small"][0], SIZES["big"][1])
@@ -89,7 +90,7 @@ def sample_thing(
         return Thing(shape, color, radius, (start[0], start[1]))
     along = DIRECTIONS[direction]
     axis = 0 if along[0] else 1
-    room = float(rng.uniform(0.33, max(extent[axis] - 2 * margin, 0.34)))
+    room = float(rng.uniform(least_room, max(extent[axis] - 2 * margin, least_room)))
     slack = float(rng.uniform(0, max(extent[axis] - 2 * margin - room, 0)))
     start[axis] = margin + slack if along[axis] > 0 else extent[axis] - margin - slack
     # Faster than the eye needs at the start, so that even the shortest room is crossed visibly within 17 frames.
@@ -130,26 +131,26 @@ def sample_scene(
         raise ValueError(f"a scene holds 1 to 3 things, got {len(things)}; draw several scenes for more")
     side = min(height, width)
     extent = (width / side, height / side)
-    for attempt in range(2000):
-        drawn = []
+    for _ in range(60):
+        drawn: list[Thing] = []
         for fixed in things:
             fixed = dict(fixed)
             if moving and frames > 1 and not fixed.get("direction"):
                 fixed["direction"] = str(rng.choice(list(DIRECTIONS)))
-            if not fixed.get("size") and (len(things) == 3 or len(things) == 2 and attempt % 4):
-                fixed["size"] = "small"  # several things only fit where most are small
-            drawn.append(sample_thing(rng, **fixed, extent=extent))
-        scene = Scene(tuple(drawn), height, width, frames)
-        if _apart(scene):
-            return scene
+            if len(things) == 3 and not fixed.get("size"):
+                fixed["size"] = "small"
+            for _ in range(40):
+                thing = sample_thing(rng, **fixed, extent=extent, least_room=0.33 if len(things) < 3 else 0.2)
+                if all(_apart(thing, other, frames) for other in drawn):
+                    drawn.append(thing)
+                    break
+            else:
+                break
+        if len(drawn) == len(things):
+            return Scene(tuple(drawn), height, width, frames)
     raise ValueError(f"no room for {things} in {height}x{width} pixels; ask for fewer or smaller things")
 
 
-def _apart(scene: Scene) -> bool:
-    paths = scene.paths() / min(scene.height, scene.width)
-    for i, one in enumerate(scene.things):
-        for j, other in enumerate(scene.things[:i]):
-            reach = one.radius + other.radius + 0.03
-            if np.abs(paths[i] - paths[j]).max(axis=-1).min() < reach:
-                return False
-    return True
+def _apart(one: Thing, other: Thing, frames: int) -> bool:
+    gap = np.abs(one.path(frames) - other.path(frames)).max(axis=-1).min()
+    return bool(gap >= one.radius + other.radius + 0.03)
