@@ -75,7 +75,7 @@ USAGE = {
     "show: radial on a line": (["show", "radial", "--grid", "64", "-o", "{out}/x.png"], ["(frames, h, w)"]),
     "explain: heads": (["explain", "dense", "--grid", "8,8", "--heads", "0"], ["--heads"]),
     "explain: dtype": (["explain", "dense", "--grid", "8,8", "--dtype", "int8"], ["--dtype: got 'int8'", "float64"]),
-    "explain: device": (["explain", "dense", "--grid", "8,8", "--device", "gpu"], ["--device: got 'gpu'"]),
+    "explain: device": (["explain", "dense", "--grid", "8,8", "--device", "gpu"], ["--device", "'gpu'", "'cuda'"]),
 }
 
 
@@ -109,8 +109,9 @@ def test_prompts_file_that_holds_no_prompts(data, part, tmp_path, capsys):
 
 def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for argv in (["generate", "a red circle", "-o", str(tmp_path)], ["explain", "dense", "--grid", "8,8"]):
-        assert_one_message(main([*argv, "--device", "cuda"]), capsys, 2, ["--device: got 'cuda'", "no CUDA GPU", "cpu"])
+    code = main(["generate", "a red circle", "-o", str(tmp_path), "--device", "cuda"])
+    assert_one_message(code, capsys, 2, ["--device: got 'cuda'", "no CUDA GPU", "use cpu or auto"])
+    assert main(["explain", "dense", "--grid", "8,8", "--device", "cuda"]) == 0  # asks about a machine, uses none
 
 
 @pytest.mark.parametrize(
