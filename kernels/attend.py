@@ -55,6 +55,9 @@ def attend(
     module = BACKENDS[choose(problem, backend)]
     if not problem.extra:
         extra_kv = extra_mask = None
+    if not problem.needs_grad:  # under no_grad: some backends refuse inputs that could have a gradient
+        q, k, v = q.detach(), k.detach(), v.detach()
+        extra_kv = extra_kv and tuple(t.detach() for t in extra_kv)
     if not problem.batch:
         nothing = q.sum() + k.sum() + v.sum()  # empty, but with a gradient
         out, lse = nothing.expand(*q.shape[:-1], v.shape[-1]).to(q.dtype), nothing.expand(q.shape[:-1])

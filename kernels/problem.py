@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .patterns import Pattern
+from .patterns import BlockList, Pattern
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -104,11 +104,19 @@ def describe(
             raise ValueError(f"extra_mask is on {extra_mask.device} but q is on {q.device}; move it there")
     check_scale(scale)
     pattern.check(grid)
+    check_lead(pattern, batch, heads)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     return Problem(
         pattern, grid, batch, heads, kv_heads, head_dim, value_dim, q.dtype, q.device.type,
         extra, extra_mask is not None, bool(return_lse), needs_grad,
     )  # fmt: skip
+
+
+def check_lead(pattern: Pattern, batch: int, heads: int) -> None:
+    lead = tuple(pattern.index.shape[:-2]) if isinstance(pattern, BlockList) else ()
+    for have, want, what in zip(reversed(lead), (heads, batch), ("heads of q", "batch"), strict=False):
+        if have not in (1, want):
+            raise ValueError(f"BlockList has lists for {have} {what}, but there are {want}; allowed: 1 or {want}")
 
 
 def resolve_scale(problem: Problem, scale: float | None) -> float:

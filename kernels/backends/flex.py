@@ -14,7 +14,8 @@ import types
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..patterns import Blocked, Dense, Pattern, Separable
 from ..patterns.base import Predicate
@@ -51,11 +52,11 @@ def limits(problem: Problem) -> list[str]:
 
 def by_name_only(problem: Problem) -> str | None:
     if problem.device == "cpu":
-        return "compiles for seconds, and is then slower than tiled on a CPU"
+        return "compiles for up to half a minute, and is then slower than tiled on a CPU"
     if isinstance(problem.pattern, Dense):
         return "tiled calls the ordinary attention, which is as fast and needs no compiling"
     if problem.tokens < WORTH_COMPILING:
-        return f"compiles for seconds, which fewer than {WORTH_COMPILING} tokens do not repay"
+        return f"compiles for up to half a minute, which fewer than {WORTH_COMPILING} tokens do not repay"
     return None
 
 
@@ -89,7 +90,13 @@ def _compiled(problem: Problem, device: torch.device):
 
 
 def _call(query, key, value, block_mask, scale, enable_gqa, return_lse):
-    return flex_attention(query, key, value, None, block_mask, scale, enable_gqa, return_lse)
+    if not return_lse:
+        return flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa)
+    if not hasattr(flex, "AuxRequest"):  # before torch 2.9
+        return flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa, True)
+    aux = flex.AuxRequest(lse=True)
+    out, aux = flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa, return_aux=aux)
+    return out, aux.lse
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -50,6 +50,9 @@ def limits(problem: Problem) -> list[str]:
             reasons.append("no gradients on a CPU")
         if problem.head_dim not in CPU_HEAD_DIMS:
             reasons.append(f"on a CPU head_dim must be one of {', '.join(map(str, CPU_HEAD_DIMS))}")
+        whole = isinstance(pattern, Neighborhood) and along(pattern, "window", len(problem.grid)) == problem.grid
+        if whole and len(problem.grid) == 1 and along(pattern, "causal", 1)[0] and not problem.extra:
+            reasons.append("no causal window as long as the whole axis on a CPU")
     elif problem.head_dim % 8:
         reasons.append("head_dim must be a multiple of 8")
     return reasons

@@ -64,6 +64,10 @@ class Pattern:
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(known) or 'none'}")
+        fields = dataclasses.fields(cls)
+        absent = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]
+        if absent:
+            raise ValueError(f"{cls.__name__} needs {', '.join(absent)}; got {', '.join(options) or 'no options'}")
         return cls._from_options(options)
 
     @classmethod
