@@ -1,7 +1,8 @@
 """What differs between denoiser classes: where self-attention is, where the text sits, and how the grid is read.
 
-Adding a family is one entry of `FAMILIES`. Its grid function gets the model's config, the arguments of the denoiser call by name
-and a memo that lives as long as the attachment, and returns the sizes in tokens, or None when the call does not say.
+Adding a family is one entry of `FAMILIES`. Its grid function gets the model's config, the arguments of the denoiser
+call by name and a memo that lives as long as the attachment, and returns the sizes in tokens, or None when the call
+does not say.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _latent(layout: str, patch: Callable[[Any], Grid], argument: str = "hidden_s
     def rule(config: Any, call: dict[str, Any], memo: dict) -> Grid:
         shape = call[argument].shape
         sizes = [int(shape[layout.index(axis)]) for axis in "thw" if axis in layout]
-        return tuple(size // p for size, p in zip(sizes, patch(config)))
+        return tuple(size // p for size, p in zip(sizes, patch(config), strict=True))
 
     return rule
 
@@ -64,7 +65,7 @@ def _square(config: Any) -> Grid:
 
 
 def _flux(config: Any, call: dict[str, Any], memo: dict) -> Grid | None:
-    # Position ids are a tensor, so reading them waits for the device: once per tensor, and never inside a compiled region.
+    # Position ids are a tensor, so reading them waits for the device: once per tensor, and never in compiled code.
     tokens, ids = int(call["hidden_states"].shape[1]), call.get("img_ids")
     if torch.compiler.is_compiling():
         return memo.get(tokens)
@@ -82,7 +83,8 @@ def _flux(config: Any, call: dict[str, Any], memo: dict) -> Grid | None:
 
 
 def _qwen(config: Any, call: dict[str, Any], memo: dict) -> Grid | None:
-    samples = [[tuple(s)] if isinstance(s[0], int) else [tuple(part) for part in s] for s in call.get("img_shapes") or ()]
+    shapes = call.get("img_shapes") or ()  # per sample one (t, h, w), or a list of them when images are appended
+    samples = [[tuple(s)] if isinstance(s[0], int) else [tuple(part) for part in s] for s in shapes]
     if not samples or any(sample != samples[0] for sample in samples):
         return None
     frames, height, width = samples[0][0]
@@ -101,7 +103,9 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("FluxTransformer2DModel", _DOUBLE_AND_SINGLE, _flux, IMAGE, text="first", appends=True),
-        Family("SD3Transformer2DModel", _BLOCKS + "attn2?$", _latent("bchw", _square), IMAGE, "last", doubled_batch=True),
+        Family(
+            "SD3Transformer2DModel", _BLOCKS + "attn2?$", _latent("bchw", _square), IMAGE, "last", doubled_batch=True
+        ),
         Family("PixArtTransformer2DModel", _BLOCKS + "attn1$", _latent("bchw", _square), IMAGE, doubled_batch=True),
         Family("QwenImageTransformer2DModel", _BLOCKS + "attn$", _qwen, IMAGE, text="first", appends=True),
         Family("WanTransformer3DModel", r"^blocks\.\d+\.attn1$", _latent("bcthw", lambda c: c.patch_size), VIDEO),
@@ -139,7 +143,7 @@ FAMILIES = {
         ),
         Family(
             "SanaTransformer2DModel",
-            refuse="its self-attention is linear attention, which never forms query-key pairs, so no pattern can thin it out",
+            refuse="its self-attention is linear, it never forms query-key pairs, so there is nothing to thin out",
         ),
     )
 }
@@ -165,7 +169,7 @@ def family_of(module: torch.nn.Module, grid: Grid | None) -> Family:
         return dataclasses.replace(ANY, axes=VIDEO[-len(grid) :] if len(grid) > 1 else ("n",))
     known = ", ".join(sorted(n for n, f in FAMILIES.items() if not f.refuse))
     raise ValueError(
-        f"cannot attach to {name}: its token grid is not known. Supported classes: {known}. Ways out: pass grid=(t, h, w) or "
-        f"grid=(h, w), sizes in tokens, if its self-attention covers exactly the image tokens in raster order and calls "
-        f"scaled_dot_product_attention; or add an entry to vision_attn.diffusion.families.FAMILIES"
+        f"cannot attach to {name}: its token grid is not known. Supported classes: {known}. Ways out: pass grid=(t, "
+        f"h, w) or grid=(h, w), sizes in tokens, if its self-attention covers exactly the image tokens in raster "
+        f"order and calls scaled_dot_product_attention; or add an entry to vision_attn.diffusion.families.FAMILIES"
     )

@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from vision_attn.kernels.attend import attend
-from vision_attn.kernels.patterns import Dense, Neighborhood, Pattern, SlidingTile, Window
+from vision_attn.kernels.patterns import Neighborhood, Pattern, SlidingTile, Window
 
-# Options that one int sets for every axis, and so mean "at most the whole axis"; the first one decides, the rest follow it.
+# Options that one int sets for every axis, and so mean "at most the whole axis"; the first one decides, the rest follow
+# it.
 _PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",)}
 
 
-@functools.lru_cache(maxsize=256)
 def fit(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
-    """The pattern as it applies to `grid`.
+    """The pattern as it applies to `grid`; whether it can is checked where it is used.
 
-    One int for all axes is a wish for each of them: on an axis that is shorter it becomes the whole axis, so that `window=9`
-    also fits the single frame of an image or the coarse level of a U-Net. A tuple is taken at its word.
+    One int for all axes is a wish for each of them: on an axis that is shorter it becomes the whole axis, so that
+    `window=9` also fits the single frame of an image or the coarse level of a U-Net. A tuple is taken at its word.
 
     >>> fit(Neighborhood(window=9), (1, 30, 52))
     Neighborhood(window=(1, 9, 9), stride=1, dilation=1, causal=False)
-
-    Raises:
-        ValueError: the pattern does not fit; names the grid.
     """
     names = _PER_AXIS.get(type(pattern), ())
     if names and isinstance(getattr(pattern, names[0]), int):
         values = {name: getattr(pattern, name) for name in names}
         step = getattr(pattern, "dilation", 1)
         steps = step if isinstance(step, tuple) else (step,) * len(grid)
-        sizes = tuple(min(values[names[0]], max(n // d, 1)) for n, d in zip(grid, steps))
+        sizes = tuple(min(values[names[0]], max(n // d, 1)) for n, d in zip(grid, steps, strict=True))
         if len(set(sizes)) > 1 or sizes[0] != values[names[0]]:
             changed = {names[0]: sizes}
             for name in names[1:]:  # a stride is at most the window, a shift is below the size
                 below = 1 if name == "shift" else 0
                 given = values[name] if isinstance(values[name], tuple) else (values[name],) * len(grid)
-                changed[name] = tuple(min(g, s - below) for g, s in zip(given, sizes))
+                changed[name] = tuple(min(g, s - below) for g, s in zip(given, sizes, strict=True))
             pattern = dataclasses.replace(pattern, **changed)
-    pattern.check(grid)
     return pattern
-
-
-@functools.lru_cache(maxsize=256)
-def density(pattern: Pattern, grid: tuple[int, ...]) -> float:
-    """Share of the image-to-image pairs that `pattern`, fitted to `grid`, allows."""
-    return 1.0 if isinstance(pattern, Dense) else fit(pattern, grid).density(grid)
 
 
 def joint_attention(
@@ -60,6 +49,7 @@ def joint_attention(
     pattern: Pattern,
     grid: tuple[int, ...],
     start: int,
+    alone: bool,
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str | None = None,
@@ -71,31 +61,36 @@ def joint_attention(
         mask: bool `[batch or 1, 1, 1, tokens]`, True where the key is visible, all True over the image tokens; or None.
         grid: sizes of the image in tokens, row-major.
         start: where the image begins in the sequence.
+        alone: the sequence is the image and nothing else.
 
     Returns:
-        `[batch, heads, tokens, value_dim]`; bit for bit what `scaled_dot_product_attention` returns when the pattern is full.
+        `[batch, heads, tokens, value_dim]`.
     """
-    if density(pattern, grid) == 1.0:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
-    tokens = math.prod(grid)
-    stop = start + tokens
+    stop = start + math.prod(grid)
 
     def image(x: torch.Tensor) -> torch.Tensor:
         return x[:, :, start:stop].transpose(1, 2).unflatten(1, grid)
 
-    def rest(x: torch.Tensor, dim: int = 2) -> torch.Tensor:
-        return torch.cat([x.narrow(dim, 0, start), x.narrow(dim, stop, x.shape[dim] - stop)], dim)
+    def rest(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
 
     extra_kv = extra_mask = None
-    if q.shape[2] > tokens:
+    if not alone:
         extra_kv = (rest(k).transpose(1, 2), rest(v).transpose(1, 2))
         if mask is not None:
-            extra_mask = rest(mask[:, 0, 0], 1).expand(q.shape[0], -1)
+            extra_mask = rest(mask[:, 0])[:, 0].expand(q.shape[0], -1)
     out = attend(
-        image(q), image(k), image(v), fit(pattern, grid), scale=scale, extra_kv=extra_kv, extra_mask=extra_mask, backend=backend
+        image(q),
+        image(k),
+        image(v),
+        pattern,
+        scale=scale,
+        extra_kv=extra_kv,
+        extra_mask=extra_mask,
+        backend=backend,
     )
     out = out.flatten(1, len(grid)).transpose(1, 2)
-    if extra_kv is None:
+    if alone:
         return out
     # Few rows, so dense: text and appended tokens look at everything.
     others = F.scaled_dot_product_attention(rest(q), k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)

@@ -22,12 +22,14 @@ class DenoiserReport:
         modules: names of the attention modules that were changed.
         grids: token grids met so far.
         text: where text tokens sit in the attention sequence.
-        layers: density per layer: share of the image-to-image pairs that is computed at a sparse step, 1.0 for a dense layer,
-            None before the first sparse call.
+        layers: density per layer: share of the image-to-image pairs that is computed at a sparse step, 1.0 for a dense
+            layer, None before the first sparse call.
         steps: denoising steps counted as `{"dense": ..., "sparse": ...}`; both 0 when the step is not known.
         forwards: denoiser calls counted the same way.
-        calls: attention calls that were intercepted and computed sparse, and those that were left dense (by schedule or with a warning).
-        kept: share of the image-to-image pairs computed over all of these calls, None before the first.
+        calls: attention calls that were intercepted and computed sparse, and those left dense, by schedule or with a
+            warning. What gradient checkpointing computes again counts again.
+        kept: share of the image-to-image pairs computed over all of these calls; None before the first, and for a U-Net
+            with dense layers, whose grids are not known.
         backends: attention backends of diffusers that were replaced by "native" while attached.
     """
 

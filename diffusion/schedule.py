@@ -34,7 +34,8 @@ class Schedule:
         for value in layers if isinstance(layers, tuple) else (layers,):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(
-                    f"dense_layers must be an int (the first layers) or an iterable of layer numbers from 0; got {self.dense_layers!r}"
+                    "dense_layers must be an int (the first layers) or an iterable of layer numbers from 0; got "
+                    f"{self.dense_layers!r}"
                 )
         if self.calls not in CALLS:
             raise ValueError(f"calls must be one of {', '.join(map(repr, CALLS))}; got {self.calls!r}")
@@ -47,7 +48,9 @@ class Schedule:
         """The dense layers of a model of `count` layers; raises ValueError for one it does not have."""
         dense = range(self.dense_layers) if isinstance(self.dense_layers, int) else self.dense_layers
         if any(layer >= count for layer in dense):
-            raise ValueError(f"dense_layers={self.dense_layers!r}, but the model has {count} layers; allowed: 0 to {count - 1}")
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r}, but the model has {count} layers; allowed: 0 to {count - 1}"
+            )
         return frozenset(dense)
 
     def dense_at(self, step: int | None, total: int | None) -> bool:
@@ -58,14 +61,14 @@ class Schedule:
             return True
         if self.dense_last_steps and total is None:
             raise AttachError(
-                f"dense_last_steps={self.dense_last_steps} needs the number of steps, which a bare denoiser does not know; attach to "
-                "the pipeline instead"
+                f"dense_last_steps={self.dense_last_steps} needs the number of steps, which a bare denoiser does not "
+                f"know; attach to the pipeline instead"
             )
         return bool(self.dense_last_steps) and step >= total - self.dense_last_steps
 
 
 class Announcements(StateManager):
-    """Receives what a pipeline says about the coming denoiser call in `model.cache_context(...)`, outside compiled regions."""
+    """Receives what a pipeline says about the coming call in `model.cache_context(...)`, outside compiled code."""
 
     def __init__(self, listener) -> None:
         super().__init__(state_cls=None)
@@ -92,7 +95,7 @@ class Steps:
 
     @property
     def name(self) -> str | None:
-        """Name of the announced call, usually "cond", "uncond" or "cond_uncond"; older diffusers announce a plain string."""
+        """Name of the announced call, usually "cond", "uncond" or "cond_uncond"; older diffusers announce a string."""
         return self.announced if isinstance(self.announced, str) else getattr(self.announced, "name", None)
 
     def current(self, timestep: Any | None, read_timestep: bool) -> tuple[int | None, int | None]:

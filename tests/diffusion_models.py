@@ -18,7 +18,7 @@ class Model:
     Args:
         grid: token grid of that call.
         window: a local window that fits it.
-        text: text tokens in the attention sequence.
+        text: text tokens in the attention sequence, negative when they come first.
         calls: attention calls that an attached forward of batch 1 intercepts.
         padded: the call can hide text tokens, by arguments that `inputs(batch, pad=True)` gives.
     """
@@ -184,70 +184,73 @@ MODELS = {
             "FluxTransformer2DModel",
             dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
                  joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8)),
-            _flux, (6, 8), (3, 5), text=6, calls=2,
+            _flux, (6, 8), (3, 5), text=-6, calls=2,
         ),
         Model(
             "SD3Transformer2DModel",
-            dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-                 joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
-                 dual_attention_layers=(0,), qk_norm="rms_norm"),
+            dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                 num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64,
+                 pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm"),
             _sd3, (6, 8), (3, 5), text=5, calls=3,
         ),
         Model(
             "PixArtTransformer2DModel",
-            dict(sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=4, num_attention_heads=2,
-                 cross_attention_dim=8, caption_channels=8, num_embeds_ada_norm=8, norm_type="ada_norm_single",
-                 use_additional_conditions=False),
+            dict(sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=4,
+                 num_attention_heads=2, cross_attention_dim=8, caption_channels=8, num_embeds_ada_norm=8,
+                 norm_type="ada_norm_single", use_additional_conditions=False),
             _pixart, (6, 8), (3, 5), text=0, calls=2,
         ),
         Model(
             "QwenImageTransformer2DModel",
-            dict(patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
-                 joint_attention_dim=16, axes_dims_rope=(8, 4, 4)),
-            _qwen, (6, 8), (3, 5), text=7, calls=2, padded=True,
+            dict(patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+                 num_attention_heads=4, joint_attention_dim=16, axes_dims_rope=(8, 4, 4)),
+            _qwen, (6, 8), (3, 5), text=-7, calls=2, padded=True,
         ),
         Model(
             "WanTransformer3DModel",
-            dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-                 freq_dim=16, ffn_dim=32, num_layers=2),
+            dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+                 text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2),
             _wan, VIDEO_GRID, VIDEO_WINDOW, text=0, calls=2,
         ),
         Model(
             "HunyuanVideoTransformer3DModel",
-            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
-                 num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4)),
+            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+                 num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16,
+                 pooled_projection_dim=8, rope_axes_dim=(2, 4, 4)),
             _hunyuan, VIDEO_GRID, VIDEO_WINDOW, text=6, calls=2, padded=True,
         ),
         Model(
             "CogVideoXTransformer3DModel",
-            dict(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
-                 num_layers=2, sample_width=10, sample_height=8, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
-                 max_text_seq_length=7),
-            _cogvideox, VIDEO_GRID, VIDEO_WINDOW, text=7, calls=2,
+            dict(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
+                 text_embed_dim=8, num_layers=2, sample_width=10, sample_height=8, sample_frames=9, patch_size=2,
+                 temporal_compression_ratio=4, max_text_seq_length=7),
+            _cogvideox, VIDEO_GRID, VIDEO_WINDOW, text=-7, calls=2,
         ),
         Model(
             "LTXVideoTransformer3DModel",
-            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=2,
-                 caption_channels=16),
+            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+                 num_layers=2, caption_channels=16),
             _ltx, VIDEO_GRID, VIDEO_WINDOW, text=0, calls=2,
         ),
         Model(
             "MochiTransformer3DModel",
-            dict(patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
-                 text_embed_dim=16, time_embed_dim=4, max_sequence_length=6),
+            dict(patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
+                 in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=6),
             _mochi, VIDEO_GRID, VIDEO_WINDOW, text=6, calls=2, padded=True,
         ),
         Model(
             "CosmosTransformer3DModel",
-            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, text_embed_dim=16,
-                 max_size=(4, 32, 32), rope_scale=(2.0, 1.0, 1.0), adaln_lora_dim=4, extra_pos_embed_type="learnable"),
+            dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+                 text_embed_dim=16, max_size=(4, 32, 32), rope_scale=(2.0, 1.0, 1.0), adaln_lora_dim=4,
+                 extra_pos_embed_type="learnable"),
             _cosmos, VIDEO_GRID, VIDEO_WINDOW, text=0, calls=2,
         ),
         Model(
             "UNet2DConditionModel",
-            dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-                 down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4), cross_attention_dim=16,
+            dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(4, 8), layers_per_block=1,
+                 norm_num_groups=2, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4),
+                 cross_attention_dim=16,
                  addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
                  use_linear_projection=True),
             _unet, (10, 14), (3, 5), text=0, calls=7,
@@ -258,6 +261,7 @@ MODELS = {
 
 def sana() -> torch.nn.Module:
     return diffusers.SanaTransformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=8,
     )  # fmt: skip

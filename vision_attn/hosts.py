@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# Top-level package of the model's class -> the module whose attach() serves it, by name so that nothing is imported before it is needed.
+# Top-level package of the model's class -> the module whose attach() serves it; a name, so that nothing is imported
+# early.
 HOSTS = {"diffusers": "vision_attn.diffusion.attachment"}
 
 
@@ -15,7 +16,8 @@ def attach(target: Any, pattern: Any, **options: Any) -> Any:
     Args:
         target: a diffusers pipeline, or a denoiser such as `pipe.transformer`.
         pattern: who sees whom on the token grid, for example `Radial(decay=0.2)`.
-        **options: of the host; for diffusers `dense_steps`, `dense_layers`, `strict` and more, see `vision_attn.diffusion.attach`.
+        **options: of the host; for diffusers `dense_steps`, `dense_layers` and more, see
+            `vision_attn.diffusion.attach`.
 
     Returns:
         A run: context manager, `run.report`, `run.detach()`.
@@ -26,7 +28,8 @@ def attach(target: Any, pattern: Any, **options: Any) -> Any:
 
     >>> from diffusers import PixArtTransformer2DModel
     >>> from vision_attn import Neighborhood
-    >>> model = PixArtTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8)
+    >>> small = dict(num_layers=2, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8)
+    >>> model = PixArtTransformer2DModel(**small)
     >>> with attach(model, Neighborhood(window=7)) as run:
     ...     run.report.denoisers[0].modules
     ['transformer_blocks.0.attn1', 'transformer_blocks.1.attn1']
