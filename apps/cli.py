@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
-        click.echo(f"Interrupted. {stop or 'Nothing was left half-written.'}", err=True)
+        click.echo(f"Interrupted. {str(stop) or 'Nothing was left half-written.'}", err=True)
         return 130
     except Exception as error:
         if meta.get(_DEBUG):

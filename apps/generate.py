@@ -178,9 +178,12 @@ def describe(record: dict[str, Any]) -> str:
     name = record["attention"]["pattern"]
     lines = [f"{record['prompt']} (seed {record['seed']}, {record['frames']} x {record['height']} x {record['width']})"]
     lines += [f"  {kind:<13} {path}" for kind, path in record["files"].items()]
+    chosen = " ".join(f"{key}={value}" for key, value in record["attention"].items() if key != "pattern")
+    lines.append(f"  {'attention':<13} {name} {chosen}".rstrip())
     kept = [d["kept"] for d in record["report"]["denoisers"] if d["kept"] is not None] if record["report"] else []
     density = f", {max(kept):.1%} of the query-key pairs computed" if kept else ""
     lines.append(f"  {name:<13} {record['seconds']:.2f} s{density}")
+    lines += [f"  {'warning':<13} {text}" for text in record["report"]["warnings"]] if record["report"] else []
     if "comparison" in record:
         result = record["comparison"]
         lines.append(f"  {'dense':<13} {record['dense_seconds']:.2f} s, speed-up by {name} {result['speedup']:.2f}x")

@@ -147,6 +147,7 @@ def test_a_sparse_pattern_changes_the_video_and_a_full_one_does_not(model, tmp_p
     out = capsys.readouterr().out
     density = 0.25 * 0.5  # 3 x 3 of 6 x 6 in one of two frames
     assert f"{density:.1%} of the query-key pairs" in out and "speed-up by neighborhood" in out
+    assert "neighborhood window=[1, 3, 3] stride=1" in out
     assert "PSNR" in out and "SSIM" in out and "identical" not in out
     sparse = json.loads((tmp_path / "a-red-circle-0.json").read_text())["comparison"]
     assert generate(model, tmp_path, "a red circle", *window, "2,6,6", "--overwrite") == 0
