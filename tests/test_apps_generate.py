@@ -292,11 +292,11 @@ def test_ctrl_c_in_the_middle_of_a_run(model, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     try:
-        seen, deadline = b"", time.monotonic() + 100
+        seen, deadline = b"", time.monotonic() + 240
         while b"3/1000" not in seen and time.monotonic() < deadline:
             seen += os.read(process.stderr.fileno(), 4096)
         process.send_signal(signal.SIGINT)
-        out, rest = process.communicate(timeout=30)
+        out, rest = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, (seen + rest).decode()
