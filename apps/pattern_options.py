@@ -27,9 +27,9 @@ EXAMPLES = {
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """ " did you mean ...?", or nothing when no name is close."""
+    """How a sentence about an unknown name ends: "; did you mean ...?", or a full stop when no name is close."""
     close = difflib.get_close_matches(name, list(allowed), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 class PatternName(click.ParamType):
