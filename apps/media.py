@@ -59,7 +59,8 @@ def write_sheet(path: Path, rows: dict[str, np.ndarray], title: str) -> None:
     count, height, width = next(iter(rows.values())).shape[:3]
     shown = sorted({round(i * (count - 1) / max(1, min(count, PER_ROW) - 1)) for i in range(min(count, PER_ROW))})
     longest = max(height, width)
-    scale = min(-(-LARGE // (2 * min(height, width))), 8) if longest < 320 else 320 / longest
+    side = LARGE if count == 1 else LARGE // 2
+    scale = min(-(-side // min(height, width)), 8) if longest < 320 else 320 / longest
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     gap, line = 8, 22
