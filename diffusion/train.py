@@ -170,7 +170,7 @@ def train_vae(args: argparse.Namespace) -> None:
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
         return error.abs().mean() + (error * (drawn - video)).mean() + 2 * edges + 1e-4 * divergence
 
-    done = fit("vae", vae, loss_of, out=args.out, steps=args.steps or 2100, lr=2e-3, seed=args.seed, decay=0.995)
+    done = fit("vae", vae, loss_of, out=args.out, steps=args.steps or 2600, lr=args.lr or 2e-3, seed=args.seed, decay=0.995)
     vae.eval()
     video, _ = batch_of_clips(np.random.default_rng((args.seed, 10**9)), 64, 17)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def train_denoiser(args: argparse.Namespace) -> None:
         return (flow - (noise - clean)).square().mean()
 
     done = fit(
-        "denoiser", model, loss_of, out=args.out, steps=args.steps or 8000, lr=1.5e-3, seed=args.seed, decay=0.999
+        "denoiser", model, loss_of, out=args.out, steps=args.steps or 6000, lr=args.lr or 1.5e-3, seed=args.seed, decay=0.999
     )
     pipe.vae = vae
     pipe.to(torch.float16)
@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("stage", choices=["vae", "denoiser", "evaluate"])
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the finished pipeline")
     parser.add_argument("--steps", type=int, help="training steps (the stage's own default if not given)")
+    parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more than one is slower on a busy machine")
     parser.add_argument("--clips", type=int, default=6000, help="denoiser: clips encoded once before training")

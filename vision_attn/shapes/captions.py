@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vision_attn.shapes.scene import COLORS, DIRECTIONS, SHAPES, SIZES, Scene
+from vision_attn.shapes.scene import COLORS, CROWD, DIRECTIONS, SHAPES, SIZES, Scene
 
 WORDS = ("a", "and", "moves", *SIZES, *COLORS, *SHAPES, *DIRECTIONS)
 
@@ -17,7 +17,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """
     parts = []
     for thing in scene.things:
-        size = next((name for name, (low, high) in SIZES.items() if low <= thing.radius <= high), None)
+        radius = thing.radius / CROWD[len(scene.things) - 1]
+        size = next((name for name, (low, high) in SIZES.items() if low <= radius <= high), None)
         named = size and rng is not None and rng.random() < 0.5
         words = ["a", *([size] if named else []), thing.color, thing.shape]
         if thing.direction and scene.frames > 1:

@@ -62,6 +62,8 @@ _OUTLINES = {shape: _outline(shape) for shape in SHAPES}
 def _name_shape(mask: np.ndarray) -> str:
     import cv2
 
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     box = cv2.resize(mask.astype(np.float32), (_TEMPLATE, _TEMPLATE), interpolation=cv2.INTER_AREA) > 0.5
     return max(SHAPES, key=lambda s: (box & _OUTLINES[s]).sum() / max((box | _OUTLINES[s]).sum(), 1))
 
@@ -96,7 +98,8 @@ def judge(video: np.ndarray) -> Verdict:
     counts: list[int] = []
     tracks: list[Track] = []
     for number, frame in enumerate(video):
-        front = (np.abs(frame - np.asarray(BACKGROUND) / 255).max(axis=-1) > _CONTRAST).astype(np.uint8)
+        contrast = np.abs(frame - np.asarray(BACKGROUND) / 255).max(axis=-1)
+        front = (contrast > _CONTRAST).astype(np.uint8)
         found, labels, stats, centers = cv2.connectedComponentsWithStats(front, connectivity=8)
         blobs = [b for b in range(1, found) if stats[b, cv2.CC_STAT_AREA] >= least]
         counts.append(len(blobs))
@@ -104,6 +107,9 @@ def judge(video: np.ndarray) -> Verdict:
         for blob in sorted(blobs, key=lambda b: -stats[b, cv2.CC_STAT_AREA]):
             x, y, w, h = stats[blob, :4]
             mask = labels[y : y + h, x : x + w] == blob
+            height_of = contrast[y : y + h, x : x + w]
+            # A soft edge lies where the contrast is half of what it is inside.
+            solid = mask & (height_of > 0.5 * np.quantile(height_of[mask], 0.8))
             center = (float(centers[blob][0]), float(centers[blob][1]))
             near = [(np.hypot(*np.subtract(t.centers[-1], center)), i) for i, t in enumerate(free)]
             gap, nearest = min(near, default=(np.inf, -1))
@@ -114,8 +120,8 @@ def judge(video: np.ndarray) -> Verdict:
                 tracks.append(track)
             track.frames.append(number)
             track.centers.append(center)
-            track.shapes.append(_name_shape(mask))
-            track.colors.append(_name_color(frame[y : y + h, x : x + w][mask]))
+            track.shapes.append(_name_shape(solid))
+            track.colors.append(_name_color(frame[y : y + h, x : x + w][solid]))
     return Verdict(counts, sorted(tracks, key=lambda t: -len(t.frames)), height, width)
 
 

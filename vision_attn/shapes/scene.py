@@ -13,7 +13,8 @@ COLORS = {
     "white": (245, 245, 245),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SIZES = {"small": (0.14, 0.155), "big": (0.195, 0.215)}  # radius as a share of the frame's shorter side
+SIZES = {"small": (0.18, 0.195), "big": (0.235, 0.255)}  # radius as a share of the frame's shorter side, when alone
+CROWD = (1.0, 0.8, 0.6)  # lengths are times this in scenes of one, two, three things
 BACKGROUND = (20, 22, 30)
 
 
@@ -77,20 +78,24 @@ def sample_thing(
     size: str | None = None,
     direction: str | None = None,
     extent: tuple[float, float] = (1.0, 1.0),
-    least_room: float = 0.33,
+    scale: float = 1.0,
 ) -> Thing:
-    """Draw what is not given. Lengths are shares of the frame's shorter side; `extent` is its `(width, height)`."""
+    """Draw what is not given, with all lengths times `scale`.
+
+    Lengths are shares of the frame's shorter side; `extent` is its `(width, height)` in these shares.
+    """
     shape = shape or str(rng.choice(SHAPES))
     color = color or str(rng.choice(list(COLORS)))
     low, high = SIZES[size] if size else (SIZES["small"][0], SIZES["big"][1])
-    radius = float(rng.uniform(low, high))
+    radius = float(rng.uniform(low, high)) * scale
     margin = radius + 0.03
     start = [float(rng.uniform(margin, side - margin)) for side in extent]
     if direction is None:
         return Thing(shape, color, radius, (start[0], start[1]))
     along = DIRECTIONS[direction]
     axis = 0 if along[0] else 1
-    room = float(rng.uniform(least_room, max(extent[axis] - 2 * margin, least_room)))
+    least = 0.33 * scale
+    room = float(rng.uniform(least, max(extent[axis] - 2 * margin, least)))
     slack = float(rng.uniform(0, max(extent[axis] - 2 * margin - room, 0)))
     start[axis] = margin + slack if along[axis] > 0 else extent[axis] - margin - slack
     # Faster than the eye needs at the start, so that even the shortest room is crossed visibly within 17 frames.
@@ -137,10 +142,8 @@ def sample_scene(
             fixed = dict(fixed)
             if moving and frames > 1 and not fixed.get("direction"):
                 fixed["direction"] = str(rng.choice(list(DIRECTIONS)))
-            if len(things) == 3 and not fixed.get("size"):
-                fixed["size"] = "small"
             for _ in range(40):
-                thing = sample_thing(rng, **fixed, extent=extent, least_room=0.33 if len(things) < 3 else 0.2)
+                thing = sample_thing(rng, **fixed, extent=extent, scale=CROWD[len(things) - 1])
                 if all(_apart(thing, other, frames) for other in drawn):
                     drawn.append(thing)
                     break
