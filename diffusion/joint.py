@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from vision_attn.kernels.attend import attend
 from vision_attn.kernels.patterns import Neighborhood, Pattern, SlidingTile, Window
 
-# Options that one int sets for every axis, and so mean "at most the whole axis"; the first one decides, the rest follow
-# it.
+# Options that one int sets for every axis, and so mean "at most the whole axis": the first decides, the rest follow.
 _PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",)}
 
 
@@ -25,20 +24,23 @@ def fit(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
     >>> fit(Neighborhood(window=9), (1, 30, 52))
     Neighborhood(window=(1, 9, 9), stride=1, dilation=1, causal=False)
     """
-    names = _PER_AXIS.get(type(pattern), ())
-    if names and isinstance(getattr(pattern, names[0]), int):
-        values = {name: getattr(pattern, name) for name in names}
-        step = getattr(pattern, "dilation", 1)
-        steps = step if isinstance(step, tuple) else (step,) * len(grid)
-        sizes = tuple(min(values[names[0]], max(n // d, 1)) for n, d in zip(grid, steps, strict=True))
-        if len(set(sizes)) > 1 or sizes[0] != values[names[0]]:
-            changed = {names[0]: sizes}
-            for name in names[1:]:  # a stride is at most the window, a shift is below the size
-                below = 1 if name == "shift" else 0
-                given = values[name] if isinstance(values[name], tuple) else (values[name],) * len(grid)
-                changed[name] = tuple(min(g, s - below) for g, s in zip(given, sizes, strict=True))
-            pattern = dataclasses.replace(pattern, **changed)
-    return pattern
+    first, *others = _PER_AXIS.get(type(pattern), (None,))
+    if first is None or not isinstance(size := getattr(pattern, first), int):
+        return pattern
+
+    def along(name: str) -> tuple[int, ...]:
+        value = getattr(pattern, name, 1)
+        return value if isinstance(value, tuple) else (value,) * len(grid)
+
+    if any(len(along(name)) != len(grid) for name in ("dilation", *others)):
+        return pattern  # its check says what does not fit
+    sizes = tuple(min(size, max(n // d, 1)) for n, d in zip(grid, along("dilation"), strict=True))
+    changed = {first: sizes}
+    for name in others:  # a stride is at most the window, a shift is below the size
+        most = [n - 1 if name == "shift" else n for n in sizes]
+        changed[name] = tuple(map(min, along(name), most))
+    changed = {name: value for name, value in changed.items() if value != along(name)}
+    return dataclasses.replace(pattern, **changed) if changed else pattern
 
 
 def joint_attention(

@@ -20,7 +20,7 @@ from diffusion_models import MODELS, noise, sana  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel  # noqa: E402
 
-from vision_attn import BlockList, Dense, Neighborhood, Radial, attach  # noqa: E402
+from vision_attn import BlockList, Dense, Neighborhood, Radial, SlidingTile, Window, attach  # noqa: E402
 from vision_attn.diffusion import AttachError  # noqa: E402
 from vision_attn.diffusion.joint import fit, gathered_order, joint_attention  # noqa: E402
 
@@ -550,8 +550,11 @@ def test_gathered_order_undoes_the_exchange():
     ("pattern", "grid", "want"),
     [
         (Neighborhood(window=9, stride=4), (1, 30, 6), Neighborhood(window=(1, 9, 6), stride=(1, 4, 4))),
-        (Neighborhood(window=5, dilation=2), (8, 30), Neighborhood(window=(4, 5), stride=(1, 1), dilation=2)),
+        (Neighborhood(window=5, dilation=2), (8, 30), Neighborhood(window=(4, 5), dilation=2)),
         (Neighborhood(window=5), (8, 30), Neighborhood(window=5)),
+        (Neighborhood(window=(5, 9)), (8, 6), Neighborhood(window=(5, 9))),
+        (Window(size=4, shift=2), (2, 9), Window(size=(2, 4), shift=(1, 2))),
+        (SlidingTile(tile=4, window=3), (1, 9), SlidingTile(tile=(1, 4), window=3)),
         (Radial(thin=0), (4, 6, 6), Radial(thin=0)),
     ],
 )
