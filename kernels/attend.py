@@ -26,23 +26,24 @@ def attend(
 
     Args:
         q: `[batch, *grid, heads, head_dim]`, grid of one to three axes.
-        k: `[batch, *grid, kv_heads, head_dim]`; `kv_heads` divides `heads`, query head `h` reads KV head `h // (heads / kv_heads)`.
+        k: `[batch, *grid, kv_heads, head_dim]`; `kv_heads` divides `heads`, query head `h` reads KV head `h // (heads /
+            kv_heads)`.
         v: `[batch, *grid, kv_heads, value_dim]`.
         pattern: who sees whom on the grid, for example `Neighborhood(window=7)`.
         scale: factor on the scores, above 0; `head_dim ** -0.5` when None.
-        extra_kv: keys `[batch, extra, kv_heads, head_dim]` and values `[batch, extra, kv_heads, value_dim]` of tokens off the grid
-            (text, registers) that every query sees.
+        extra_kv: keys `[batch, extra, kv_heads, head_dim]` and values `[batch, extra, kv_heads, value_dim]` of tokens
+            off the grid (text, registers) that every query sees.
         extra_mask: bool `[batch, extra]`, True where the extra token is visible; for padded text.
         return_lse: also return the natural log of the sum of exponentials of the scaled scores.
         backend: a name from `explain`; None picks the fastest that does exactly what is asked.
 
     Returns:
-        `[batch, *grid, heads, value_dim]` in the dtype of q; with `return_lse` also `[batch, *grid, heads]` in float32 (float64
-        for float64 input). A query that sees nothing gets 0, and an lse of minus infinity.
+        `[batch, *grid, heads, value_dim]` in the dtype of q; with `return_lse` also `[batch, *grid, heads]` in float32
+        (float64 for float64 input). A query that sees nothing gets 0, and an lse of minus infinity.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together, a pattern that does not fit the grid, or a backend that
-            cannot do it; the message says what is allowed.
+        TypeError, ValueError: arguments that do not fit together, a pattern that does not fit the grid, or a backend
+            that cannot do it; the message says what is allowed.
 
     >>> q, k, v = torch.randn(3, 1, 16, 16, 4, 32)
     >>> from vision_attn import Neighborhood

@@ -27,8 +27,9 @@ class Verdict:
 class Explanation:
     """Answer of `explain`; print it for a table, `to_dict` for JSON.
 
-    `density` is the share of allowed query-key pairs, `bound` the most that leaving out the others can gain (1 / density), and
-    `tile_bound` the most that a kernel can gain that works in the best tiles of 64 queries and 64 keys, `tiles`.
+    `density` is the share of allowed query-key pairs, `bound` the most that leaving out the others can gain (1 /
+    density), and `tile_bound` the most that a kernel can gain that works in the best tiles of 64 queries and 64 keys,
+    `tiles`.
     """
 
     problem: Problem
@@ -45,7 +46,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         problem = {f.name: getattr(self.problem, f.name) for f in dataclasses.fields(self.problem)}
-        problem |= {"pattern": self.problem.pattern.to_dict(), "grid": list(self.problem.grid), "dtype": str(problem["dtype"])}
+        problem |= {
+            "pattern": self.problem.pattern.to_dict(),
+            "grid": list(self.problem.grid),
+            "dtype": str(problem["dtype"]),
+        }
         numbers = {name: getattr(self, name) for name in ("density", "bound", "tile_bound", "tiles", "used")}
         numbers = {n: None if isinstance(x, float) and math.isinf(x) else x for n, x in numbers.items()}
         return {"problem": problem, "backends": [dataclasses.asdict(v) for v in self.backends], **numbers}
@@ -56,8 +61,10 @@ class Explanation:
         heads = f"{p.heads} heads of {p.head_dim}" if p.heads > 1 else f"1 head of {p.head_dim}"
         lines = [
             f"{p.pattern}",
-            f"on {size} tokens, {heads}, {str(p.dtype).removeprefix('torch.')}, {p.device}" + (", backward" if p.needs_grad else ""),
-            f"density {self.density:.1%}: at most {self.bound:.3g} times faster than dense, {self.tile_bound:.3g} with {self.tiles}",
+            f"on {size} tokens, {heads}, {str(p.dtype).removeprefix('torch.')}, {p.device}"
+            + (", backward" if p.needs_grad else ""),
+            f"density {self.density:.1%}: at most {self.bound:.3g} times faster than dense, "
+            f"{self.tile_bound:.3g} with {self.tiles}",
         ]
         lines += [f"  {v.backend:<10} {v.status:<8} {'; '.join(v.reasons)}".rstrip() for v in self.backends]
         return "\n".join(lines)
@@ -107,8 +114,8 @@ def explain(
     grid = tuple(grid)
     pattern.check(grid)
     problem = Problem(
-        pattern, grid, batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, dtype, torch.device(device).type,
-        extra, extra_mask, return_lse, needs_grad,
+        pattern, grid, batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, dtype,
+        torch.device(device).type, extra, extra_mask, return_lse, needs_grad,
     )  # fmt: skip
     used = choose(problem, backend)
     verdicts = []
@@ -144,7 +151,10 @@ def support_table() -> str:
 
     cells = {(False, False): "no", (True, False): "forward", (True, True): "forward, backward"}
     devices = ("cpu", "cuda")
-    lines = ["| backend | dtype | " + " | ".join(devices) + " |", "| --- | --- | " + " | ".join("---" for _ in devices) + " |"]
+    lines = [
+        "| backend | dtype | " + " | ".join(devices) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in devices) + " |",
+    ]
     for name, module in reversed(BACKENDS.items()):
         for dtype in DTYPES:
             row = []

@@ -1,7 +1,8 @@
 """Attention over gathered chunks: forward and backward in bounded memory.
 
-A chunk names, by token number, some rows of queries and for each row the keys it needs. The forward gathers them, runs one
-small attention and writes the rows; the backward gathers and recomputes, so that only the inputs live between the two.
+A chunk names, by token number, some rows of queries and for each row the keys it needs. The forward gathers them, runs
+one small attention and writes the rows; the backward gathers and recomputes, so that only the inputs live between the
+two.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 class Chunk:
     """Part of an attention call.
 
-    `query` `[rows, Q]` and `key` `[rows, U]` hold token numbers; for one batch and head a query is in one chunk only. `allowed` is
-    bool `[rows or 1, Q, U]`, or None when everything is. `batch`, `heads` and `kv_heads` say which part of the tensors is meant.
+    `query` `[rows, Q]` and `key` `[rows, U]` hold token numbers; for one batch and head a query is in one chunk only.
+    `allowed` is bool `[rows or 1, Q, U]`, or None when everything is. `batch`, `heads` and `kv_heads` say which part of
+    the tensors is meant.
     """
 
     query: torch.Tensor
@@ -50,7 +52,8 @@ def attend_chunks(
     chunks: Source,
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q `[batch, tokens, heads, dim]`, k and v `[batch, tokens + extra, kv_heads, dim]` to out and lse of all tokens."""
+    """q `[batch, tokens, heads, dim]`, k and v `[batch, tokens + extra, kv_heads, dim]` to out and lse of all
+    tokens."""
     out, lse = _Recompute.apply(q, k, v, extra_mask, chunks, options)
     return out, lse if options.lse else None
 

@@ -1,7 +1,7 @@
 """`attend` as one registered operator, which is how it appears in graphs of torch.compile.
 
-A graph would otherwise unroll every chunk of every layer. The operator holds the pattern as text (`Pattern.spell`), checks and
-dispatches when it runs, exactly as the plain call does, and has a backward of its own.
+A graph would otherwise unroll every chunk of every layer. The operator holds the pattern as text (`Pattern.spell`),
+checks and dispatches when it runs, exactly as the plain call does, and has a backward of its own.
 """
 
 from __future__ import annotations

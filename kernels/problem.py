@@ -17,7 +17,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Problem:
     """Sizes and options of a call to `attend`.
 
-    `device` is a device type such as "cpu"; `extra` counts extra KV tokens; `in_graph` says that it is part of a compiled graph.
+    `device` is a device type such as "cpu"; `extra` counts extra KV tokens; `in_graph` says that it is part of a
+    compiled graph.
     """
 
     pattern: Pattern
@@ -50,7 +51,8 @@ def describe(
     extra_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> Problem:
-    """Check the arguments of `attend` and describe them. Raises TypeError and ValueError with what was got and what is allowed."""
+    """Check the arguments of `attend` and describe them. Raises TypeError and ValueError with what was got and what is
+    allowed."""
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as Neighborhood(window=7) or Dense(); got {pattern!r}")
     tensors = {"q": q, "k": k, "v": v}
@@ -68,11 +70,15 @@ def describe(
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
     if not 4 <= q.ndim <= 6:
-        raise ValueError(f"q must be [batch, *grid, heads, head_dim] with 1 to 3 grid axes; got {q.ndim} dimensions, {_shape(q)}")
+        raise ValueError(
+            f"q must be [batch, *grid, heads, head_dim] with 1 to 3 grid axes; got {q.ndim} dimensions, {_shape(q)}"
+        )
     batch, grid, heads, head_dim = q.shape[0], tuple(q.shape[1:-2]), q.shape[-2], q.shape[-1]
     for name, tensor in (("k", k), ("v", v)):
         if tensor.ndim != q.ndim:
-            raise ValueError(f"{name} has {tensor.ndim} dimensions but q has {q.ndim}: q is {_shape(q)}, {name} is {_shape(tensor)}")
+            raise ValueError(
+                f"{name} has {tensor.ndim} dimensions but q has {q.ndim}: q is {_shape(q)}, {name} is {_shape(tensor)}"
+            )
         if tensor.shape[0] != batch:
             raise ValueError(f"batch differs: q has {batch}, {name} has {tensor.shape[0]}")
         if tuple(tensor.shape[1:-2]) != grid:
@@ -92,7 +98,9 @@ def describe(
         for name, tensor, dim in (("keys", extra_kv[0], head_dim), ("values", extra_kv[1], value_dim)):
             if tuple(tensor.shape) != (batch, extra, kv_heads, dim):
                 want = f"[{batch}, extra, {kv_heads}, {dim}]"
-                raise ValueError(f"extra {name} must be {want}, the same number of extra tokens in both; got {_shape(tensor)}")
+                raise ValueError(
+                    f"extra {name} must be {want}, the same number of extra tokens in both; got {_shape(tensor)}"
+                )
     if extra_mask is not None:
         if extra_kv is None:
             raise ValueError("extra_mask without extra_kv; give the extra keys and values it masks")

@@ -1,6 +1,7 @@
 """Random attention problems and error budgets, for testing a backend against the reference in float64.
 
-Ships with the package so that a backend outside it can test itself: `for seed in range(500): Case(seed).compare("mine")`.
+Ships with the package so that a backend outside it can test itself: `for seed in range(500):
+    Case(seed).compare("mine")`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def random_pattern(pick: random.Random) -> tuple[Pattern, tuple[int, ...]]:
         return SlidingTile(tuple(pick.randint(1, n) for n in grid), tuple(pick.randint(1, 4) for _ in grid)), grid
     if kind is Radial:
         grid = grid if rank > 1 else (min(grid[0], 9), 5)
-        options = dict(decay=pick.choice((0.2, 0.5, 1.0)), sink=pick.random() < 0.5, thin=pick.choice((0, 1, 4, 8, 128)))
+        options = dict(
+            decay=pick.choice((0.2, 0.5, 1.0)), sink=pick.random() < 0.5, thin=pick.choice((0, 1, 4, 8, 128))
+        )
         return Radial(block=pick.choice((1, 2, 4, 8)), rule="token", **options), grid
     if kind is BlockList:
         block = pick.choice((1, 2, 5, 16)), pick.choice((1, 3, 7, 16))
@@ -61,7 +64,8 @@ def _generator(pick: random.Random) -> torch.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One random problem: pattern, sizes, dtype, strides of the inputs, extra tokens and what is asked, all from a seed."""
+    """One random problem: pattern, sizes, dtype, strides of the inputs, extra tokens and what is asked, all from a
+    seed."""
 
     seed: int
 
@@ -75,7 +79,8 @@ class Case:
         dtype, generator = pick.choice(_DTYPES), _generator(pick)
 
         def leaf(heads: int, dim: int, *middle: int) -> tuple[torch.Tensor, str]:
-            """A leaf, and how to view it as `[batch, *middle, heads, dim]`: as it is, from heads-first, sliced, or expanded."""
+            """A leaf, and how to view it as `[batch, *middle, heads, dim]`: as it is, from heads-first, sliced, or
+            expanded."""
             view = pick.choice(("plain", "plain", "heads-first", "sliced", "expanded"))
             shape = {
                 "heads-first": (batch, heads, *middle, dim),
@@ -84,13 +89,19 @@ class Case:
             }.get(view, (batch, *middle, heads, dim))
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), view
 
-        leaves = [leaf(kv_heads * group, head_dim, *grid), leaf(kv_heads, head_dim, *grid), leaf(kv_heads, value_dim, *grid)]
+        leaves = [
+            leaf(kv_heads * group, head_dim, *grid),
+            leaf(kv_heads, head_dim, *grid),
+            leaf(kv_heads, value_dim, *grid),
+        ]
         extra = pick.choice((0, 0, 1, 5))
         if extra:
             leaves += [leaf(kv_heads, head_dim, extra), leaf(kv_heads, value_dim, extra)]
         visible = torch.rand(batch, extra, generator=generator) < 0.6 if extra and pick.random() < 0.5 else None
         shape = (batch, *grid, kv_heads * group)
-        weights = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in ((*shape, value_dim), shape)]
+        weights = [
+            torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in ((*shape, value_dim), shape)
+        ]
         options = {"scale": pick.choice((None, 0.3)), "extra_mask": visible, "return_lse": pick.random() < 0.5}
         return dict(pattern=pattern, batch=batch, leaves=leaves, weights=weights, options=options, dtype=dtype)
 
@@ -129,7 +140,8 @@ class Case:
     def budgets(self) -> list[float]:
         """For every tensor of `run`: FACTOR times the error of plain attention in the dtype of the case.
 
-        Never below the rounding of the largest number of the case: gradients that cancel to zero are sums of such numbers.
+        Never below the rounding of the largest number of the case: gradients that cancel to zero are sums of such
+            numbers.
         """
         rounding = torch.finfo(self.parts["dtype"]).eps * max(map(largest, self.truth))
         plain = self.run(plain_attention)
@@ -139,10 +151,16 @@ class Case:
         """Why `backend` cannot do this case."""
         _, call = self.inputs()
         with torch.set_grad_enabled(grad):
-            return refuse(backend, describe(*(call[n] for n in ("q", "k", "v", "pattern", "scale", "extra_kv", "extra_mask", "return_lse"))))
+            return refuse(
+                backend,
+                describe(
+                    *(call[n] for n in ("q", "k", "v", "pattern", "scale", "extra_kv", "extra_mask", "return_lse"))
+                ),
+            )
 
     def compare(self, backend: str) -> int:
-        """Compare a backend with the truth, with gradients if it has them; raises AssertionError, returns the tensors compared."""
+        """Compare a backend with the truth, with gradients if it has them; raises AssertionError, returns the tensors
+        compared."""
         grad = not self.refusals(backend, grad=True)
         if not grad and self.refusals(backend, grad=False):
             return 0
@@ -151,7 +169,8 @@ class Case:
             worst = error(got, self.truth[i])
             if not worst <= self.budgets[i]:
                 raise AssertionError(
-                    f"{backend}, seed {self.seed}: tensor {i} is off by {worst:.3g}, allowed {self.budgets[i]:.3g}; {self.parts}"
+                    f"{backend}, seed {self.seed}: tensor {i} is off by {worst:.3g}, "
+                    f"allowed {self.budgets[i]:.3g}; {self.parts}"
                 )
         return len(results)
 
@@ -160,7 +179,11 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest absolute difference; infinities must be in the same places, NaN is infinitely wrong."""
     if got.shape != want.shape or not torch.equal(got.isinf(), want.isinf()):
         return math.inf
-    return (got.double() - want).masked_fill(want.isinf(), 0).abs().nan_to_num(nan=math.inf).amax().item() if got.numel() else 0.0
+    return (
+        (got.double() - want).masked_fill(want.isinf(), 0).abs().nan_to_num(nan=math.inf).amax().item()
+        if got.numel()
+        else 0.0
+    )
 
 
 def largest(tensor: torch.Tensor) -> float:

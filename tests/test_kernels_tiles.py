@@ -24,7 +24,7 @@ def problem(pattern, grid, **options):
 
 @pytest.mark.parametrize("seed", range(120))
 def test_chunks_cover_the_mask_exactly_once(seed, monkeypatch):
-    """Every allowed pair is computed once, no other pair is, and every query belongs to one chunk; also with tiny chunks."""
+    """Every allowed pair is computed once, no other pair is, every query is in one chunk; also with tiny chunks."""
     pattern, grid = random_pattern(random.Random(seed))
     monkeypatch.setattr(tiled, "CHUNK_BYTES", 2 ** random.Random(seed).choice((10, 18, 23)))
     tokens = math.prod(grid)
@@ -114,7 +114,9 @@ def test_dilation_is_counted_per_group():
     assert bound(wide, (64,), (8,), (8,))[0] == pytest.approx(2 * bound(group, (32,), (8,), (8,))[0])
 
 
-@pytest.mark.parametrize("pattern", [Neighborhood(13), Window(8), SlidingTile(8, 3), Dense(), Radial(0.2, 64)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "pattern", [Neighborhood(13), Window(8), SlidingTile(8, 3), Dense(), Radial(0.2, 64)], ids=lambda p: p.name
+)
 def test_explain(pattern):
     answer = explain(pattern, (64, 64), heads=4)
     assert answer.used == "tiled"
@@ -123,7 +125,12 @@ def test_explain(pattern):
     text = str(answer)
     assert all(name in text for name in ("tiled", "flex", "natten", "reference", "density"))
     again = json.loads(json.dumps(answer.to_dict()))
-    assert again["used"] == "tiled" and {b["backend"] for b in again["backends"]} == {"tiled", "flex", "natten", "reference"}
+    assert again["used"] == "tiled" and {b["backend"] for b in again["backends"]} == {
+        "tiled",
+        "flex",
+        "natten",
+        "reference",
+    }
     assert all(v.reasons for v in answer.backends if v.status != "used")
 
 
@@ -158,6 +165,6 @@ def test_support_table_is_what_the_backends_do():
 
 
 def test_natten_is_not_imported_until_it_runs():
-    code = "import sys; from vision_attn import attend, explain, Neighborhood; explain(Neighborhood(3), (8, 8)); print(*sys.modules)"
+    code = "import sys, vision_attn as v; v.attend; v.explain(v.Neighborhood(3), (8, 8)); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"natten", "diffusers", "transformers", "timm"} & set(modules)

@@ -1,7 +1,8 @@
-"""FlexAttention of torch, compiled once per problem, with block masks built from intervals instead of by testing all pairs.
+"""FlexAttention of torch, compiled once per problem, with block masks built from intervals instead of by testing all
+pairs.
 
-Separable patterns run on tokens reordered so that a block of the sequence is a box of the grid; the others keep their order.
-Extra tokens stand in front of the keys, padded to whole blocks.
+Separable patterns run on tokens reordered so that a block of the sequence is a box of the grid; the others keep their
+order. Extra tokens stand in front of the keys, padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..tiles import aligned_tile, tile_maps
 WORTH_COMPILING = 4096  # tokens
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def missing(device: str) -> list[str]:
     if device == "cuda":
         return [] if torch.cuda.is_available() else ["no CUDA device"]
@@ -82,8 +83,8 @@ def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
 def _compiled(problem: Problem, device: torch.device):
     """One compiled function per problem.
 
-    Each is a copy of `_call` with a code object, and so a compile cache, of its own: after a few shapes torch stops compiling
-    a function, and FlexAttention that is not compiled computes all pairs.
+    Each is a copy of `_call` with a code object, and so a compile cache, of its own: after a few shapes torch stops
+    compiling a function, and FlexAttention that is not compiled computes all pairs.
     """
     code = _call.__code__.replace(co_name=f"attend_{_compiled.cache_info().misses}")
     return torch.compile(types.FunctionType(code, globals()), dynamic=False, fullgraph=True)
@@ -103,9 +104,10 @@ def _call(query, key, value, block_mask, scale, enable_gqa, return_lse):
 class _Layout:
     """The order of the grid tokens in the sequence, and which blocks of it see which.
 
-    `order` holds the grid token at each place of the sequence (padding repeats token 0) and `places` the place of each grid
-    token; both None when nothing moves. `allowed(query place, key place)` decides inside blocks that are not full. `visited` and
-    `full` are bool `[*lead, query blocks, key blocks]`. In front of the keys stand `extra` tokens and padding up to `start`.
+    `order` holds the grid token at each place of the sequence (padding repeats token 0) and `places` the place of each
+    grid token; both None when nothing moves. `allowed(query place, key place)` decides inside blocks that are not full.
+    `visited` and `full` are bool `[*lead, query blocks, key blocks]`. In front of the keys stand `extra` tokens and
+    padding up to `start`.
     """
 
     order: torch.Tensor | None
@@ -181,7 +183,9 @@ def _boxes(pattern: Separable, grid: tuple[int, ...], extra: int, device: torch.
         tests = [(lo[query] <= position[key]) & (position[key] < hi[query]) for lo, hi, position in tables]
         return functools.reduce(torch.logical_and, tests)
 
-    visited, full = (functools.reduce(_product, maps_of_one_kind).to(device) for maps_of_one_kind in zip(*maps, strict=True))
+    visited, full = (
+        functools.reduce(_product, maps_of_one_kind).to(device) for maps_of_one_kind in zip(*maps, strict=True)
+    )
     order = token.where(real, 0).to(device)
     return _Layout(order, places.to(device), allowed, visited, full, (size, size), len(order), extra)
 

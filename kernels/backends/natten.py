@@ -18,7 +18,7 @@ from ..problem import Problem
 CPU_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def missing(device: str) -> list[str]:
     if importlib.util.find_spec("natten") is None:
         return ["the natten package is not installed; `pip install --no-build-isolation natten`"]
@@ -75,5 +75,14 @@ def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
         # its CPU path calls FlexAttention uncompiled, which warns every time
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return neighborhood_attention_generic(
-            q.contiguous(), k.contiguous(), v.contiguous(), window, stride, dilation, causal, scale, return_lse=True, **extra
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            window,
+            stride,
+            dilation,
+            causal,
+            scale,
+            return_lse=True,
+            **extra,
         )

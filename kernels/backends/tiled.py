@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from ..gather import Chunk, Options, attend_chunks, gradients
-from ..patterns import Blocked, Dense, Separable
+from ..patterns import Blocked, BlockList, Dense, Separable
 from ..patterns.blocks import Lists
 from ..problem import Problem
-from ..tiles import cut, tile_sides
+from ..tiles import MOST_PAIRS, cut, tile_sides
 
 CHUNK_BYTES = 8 * 2**20  # of gathered keys, values and scores at a time; the fastest of 1 to 32 MB on a CPU
+
+KEPT_BYTES = 32 * 2**20  # of chunks kept for the next call
 
 
 def missing(device: str) -> list[str]:
@@ -55,7 +57,11 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, grad_out, g
         outer = grad_out.flatten(1, -3), grad_lse.flatten(1, -2) if options.lse else grad_lse
         grads = gradients(q.flatten(1, -3), key, value, extra_mask, chunks, options, *outer)
     by_extra = [g[:, problem.tokens :].contiguous() for g in grads[1:]]
-    return [grads[0].view(q.shape), *(g[:, : problem.tokens].reshape(t.shape) for g, t in zip(grads[1:], (k, v))), *by_extra]
+    return [
+        grads[0].view(q.shape),
+        *(g[:, : problem.tokens].reshape(t.shape) for g, t in zip(grads[1:], (k, v), strict=False)),
+        *by_extra,
+    ]
 
 
 def _flat(k, v, extra_kv) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,15 +83,51 @@ def _dense(q, key, value, scale):
 
 
 def _plan(problem: Problem, device: torch.device, scale: float):
-    separable = isinstance(problem.pattern, Separable)
-    options = Options(scale, problem.extra, problem.return_lse, may_be_empty=not separable)
-    return functools.partial(_boxes if separable else _rows, problem, device), options
+    may_be_empty = isinstance(problem.pattern, BlockList)
+    options = Options(scale, problem.extra, problem.return_lse, may_be_empty)
+    return functools.partial(_chunks, problem, device), options
+
+
+def _chunks(problem: Problem, device: torch.device) -> Iterator[Chunk]:
+    # a BlockList is new in every call as a rule: not worth keeping
+    kept = None if isinstance(problem.pattern, BlockList) else _kept(problem, device)
+    return _make(problem, device) if kept is None else iter(kept)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(problem: Problem, device: torch.device) -> list[Chunk] | None:
+    """The chunks of a problem that comes again and again, if they are small."""
+    chunks, size = [], 0
+    for chunk in _make(problem, device):
+        chunks.append(chunk)
+        size += sum(0 if t is None else t.nbytes for t in (chunk.query, chunk.key, chunk.allowed))
+        if size > KEPT_BYTES:
+            return None
+    return chunks
+
+
+def _make(problem: Problem, device: torch.device) -> Iterator[Chunk]:
+    if isinstance(problem.pattern, Separable):
+        return _boxes(problem, device)
+    few = problem.tokens**2 <= MOST_PAIRS and not isinstance(problem.pattern, BlockList)
+    return (_whole if few else _rows)(problem, device)
+
+
+def _whole(problem: Problem, device: torch.device) -> Iterator[Chunk]:
+    """A grid so small that all of it is one tile."""
+    token = torch.arange(problem.tokens, device=device)[None]
+    allowed = problem.pattern.mask(problem.grid, device)[None]
+    for part in _Room(problem, problem.tokens, problem.tokens).parts():
+        yield Chunk(token, token, allowed, *part)
 
 
 class _Room:
-    """Cuts a call so that one chunk stays under CHUNK_BYTES: first fewer tiles at a time, then fewer batch entries and heads."""
+    """Cuts a call so that one chunk stays under CHUNK_BYTES: first fewer tiles at a time, then fewer batch entries and
+    heads."""
 
-    def __init__(self, problem: Problem, queries: int, keys: int, batch: range | None = None, heads: range | None = None):
+    def __init__(
+        self, problem: Problem, queries: int, keys: int, batch: range | None = None, heads: range | None = None
+    ):
         self.group = problem.heads // problem.kv_heads
         keys += problem.extra
         floats = keys * (problem.head_dim + problem.value_dim) + queries * self.group * problem.head_dim
@@ -117,8 +159,8 @@ class _Room:
 class _Side:
     """Tiles of one axis that have the same numbers of queries and keys.
 
-    `query` `[tiles, t]` and `key` `[tiles, u]` are coordinates times the step of the axis in the flattened grid; `allowed` is
-    bool `[tiles or 1, t, u]`.
+    `query` `[tiles, t]` and `key` `[tiles, u]` are coordinates times the step of the axis in the flattened grid;
+    `allowed` is bool `[tiles or 1, t, u]`.
     """
 
     query: torch.Tensor
@@ -158,7 +200,7 @@ def _boxes(problem: Problem, device: torch.device) -> Iterator[Chunk]:
         room, total = _Room(problem, queries, keys), math.prod(tiles)
         for start in range(0, total, room.rows):
             at = torch.unravel_index(torch.arange(start, min(start + room.rows, total), device=device), tiles)
-            query, key = (_sum([getattr(s, n)[i] for s, i in zip(sides, at)]) for n in ("query", "key"))
+            query, key = (_sum([getattr(s, n)[i] for s, i in zip(sides, at, strict=False)]) for n in ("query", "key"))
             if not everything and not shared:
                 pick = [s.allowed if len(s.allowed) == 1 else s.allowed[i] for s, i in zip(sides, at, strict=True)]
                 allowed = _product(pick)
@@ -173,7 +215,9 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _product(parts: list[torch.Tensor]) -> torch.Tensor:
     """Bool `[rows, q1, k1]`, `[rows, q2, k2]`, ... to `[rows, q1 * q2 * ..., k1 * k2 * ...]` by and."""
-    return functools.reduce(lambda x, y: (x[:, :, None, :, None] & y[:, None, :, None]).flatten(3, 4).flatten(1, 2), parts)
+    return functools.reduce(
+        lambda x, y: (x[:, :, None, :, None] & y[:, None, :, None]).flatten(3, 4).flatten(1, 2), parts
+    )
 
 
 def _rows(problem: Problem, device: torch.device) -> Iterator[Chunk]:
@@ -193,7 +237,9 @@ def _rows(problem: Problem, device: torch.device) -> Iterator[Chunk]:
             # rows of the same length (only the last block may be short) and of nearly as many blocks as the first
             length, width = _length(problem, lists, order[0]), max(counts[order[0]], 1)
             room = _Room(problem, length, width * lists.block[1], batch, heads)
-            some = [r for r in order[: room.rows] if _length(problem, lists, r) == length and 4 * counts[r] >= 3 * width]
+            some = [
+                r for r in order[: room.rows] if _length(problem, lists, r) == length and 4 * counts[r] >= 3 * width
+            ]
             some = some or order[:1]
             order = [r for r in order if r not in set(some)]
             rows = torch.tensor(some, device=device)
@@ -209,7 +255,8 @@ def _length(problem: Problem, lists: Lists, row: int) -> int:
 
 
 def _block_keys(problem, block, query, index, count, full, predicate) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Key tokens `[rows, width * block]` of listed blocks, and bool `[rows, Q, width * block]` or None when all are allowed."""
+    """Key tokens `[rows, width * block]` of listed blocks, and bool `[rows, Q, width * block]` or None when all are
+    allowed."""
     key = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(1)
     slot = torch.arange(key.shape[1], device=index.device) // block
     real = (slot < count[:, None]) & (key < problem.tokens)

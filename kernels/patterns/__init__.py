@@ -9,6 +9,8 @@ from .radial import Radial
 from .sliding_tile import SlidingTile
 from .window import Window
 
-PATTERNS: dict[str, type[Pattern]] = {cls.name: cls for cls in (Dense, Neighborhood, Window, SlidingTile, Radial, BlockList)}
+PATTERNS: dict[str, type[Pattern]] = {
+    cls.name: cls for cls in (Dense, Neighborhood, Window, SlidingTile, Radial, BlockList)
+}
 
 __all__ = ["PATTERNS", "Blocked", "Pattern", "Separable", *(cls.__name__ for cls in PATTERNS.values())]

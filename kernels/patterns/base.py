@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, ClassVar, Union
+from collections.abc import Callable
+from typing import Any, ClassVar, Union
 
 import torch
 
@@ -16,7 +17,8 @@ Predicate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Pattern:
     """Who may look at whom on a grid of tokens. Subclasses are frozen dataclasses whose fields are their options.
 
-    A grid is a tuple of one to three sizes in tokens, for example `(t, h, w)`. Tokens are numbered row-major, last axis fastest.
+    A grid is a tuple of one to three sizes in tokens, for example `(t, h, w)`. Tokens are numbered row-major, last axis
+    fastest.
     """
 
     name: ClassVar[str] = ""
@@ -26,11 +28,13 @@ class Pattern:
         check_grid(grid)
 
     def predicate(self, grid: tuple[int, ...], device: Any = "cpu") -> Predicate:
-        """Return a function of two integer tensors, query token and key token, that says whether the query sees the key."""
+        """Return a function of two integer tensors, query token and key token, that says whether the query sees the
+        key."""
         raise NotImplementedError
 
     def mask(self, grid: tuple[int, ...], device: Any = "cpu") -> torch.Tensor:
-        """The definition: bool `[tokens, tokens]`, True where the row's query sees the column's key. For small grids."""
+        """The definition: bool `[tokens, tokens]`, True where the row's query sees the column's key. For small
+        grids."""
         self.check(grid)
         tokens = torch.arange(math.prod(grid), device=device)
         return self.predicate(grid, device)(tokens[:, None], tokens[None, :])
@@ -38,7 +42,6 @@ class Pattern:
     def density(self, grid: tuple[int, ...]) -> float:
         """Share of the query-key pairs that are allowed, from 0 to 1."""
         raise NotImplementedError
-
 
     def to_dict(self) -> dict[str, Any]:
         """The pattern as plain JSON values; `Pattern.from_dict` reads it back."""
@@ -63,7 +66,9 @@ class Pattern:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(known) or 'none'}"
+            )
         fields = dataclasses.fields(cls)
         absent = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]
         if absent:
@@ -77,7 +82,8 @@ class Pattern:
     def spell(self) -> str:
         """The pattern without its tensors as the text of a Python literal, `("name", {option: value})`.
 
-        Plain string building, because torch.compile traces it: a graph holds the text, and `vision_attn::attend` reads it.
+        Plain string building, because torch.compile traces it: a graph holds the text, and `vision_attn::attend` reads
+        it.
         """
         return f"('{self.name}', {{" + ", ".join([f"'{n}': {getattr(self, n)!r}" for n in self.__match_args__]) + "})"
 
@@ -90,9 +96,10 @@ class Pattern:
 class Axis:
     """One axis of a separable pattern, laid out so that the keys of every query are one interval.
 
-    The coordinates of the axis are listed group by group (`order[p]` is the coordinate at position p; without dilation there is
-    one group and `order` is 0, 1, 2, ...). The query at position p sees the keys at positions `lo[p] <= p' < hi[p]`, all of its
-    own group. Both ends never decrease along the axis. `groups` holds the position where each group starts, then the extent.
+    The coordinates of the axis are listed group by group (`order[p]` is the coordinate at position p; without dilation
+    there is one group and `order` is 0, 1, 2, ...). The query at position p sees the keys at positions `lo[p] <= p' <
+    hi[p]`, all of its own group. Both ends never decrease along the axis. `groups` holds the position where each group
+    starts, then the extent.
     """
 
     order: tuple[int, ...]
@@ -127,7 +134,7 @@ class Separable(Pattern):
 
         def allowed(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             seen = None
-            for (place, lo, hi), extent in zip(reversed(tables), reversed(grid)):
+            for (place, lo, hi), extent in zip(reversed(tables), reversed(grid), strict=False):
                 x, y = query % extent, place[key % extent]
                 query, key = query // extent, key // extent
                 here = (lo[x] <= y) & (y < hi[x])
@@ -175,7 +182,9 @@ def set_ints(pattern: Pattern, minimum: int, *names: str) -> None:
         if not all(is_int(n) for n in entries):
             raise TypeError(f"{where}: {name} must be an int, or a tuple with one int per axis")
         if not 1 <= len(entries) <= 3:
-            raise ValueError(f"{where}: {name} has {len(entries)} entries; give one int, or one per axis of a grid of 1 to 3 axes")
+            raise ValueError(
+                f"{where}: {name} has {len(entries)} entries; give one int, or one per axis of a grid of 1 to 3 axes"
+            )
         if min(entries) < minimum:
             raise ValueError(f"{where}: {name} must be at least {minimum} on every axis")
         object.__setattr__(pattern, name, value)

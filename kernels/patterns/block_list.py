@@ -16,9 +16,10 @@ from .blocks import Blocked, Lists, block_lengths, lists_from_map, map_from_list
 class BlockList(Blocked):
     """Blocks of consecutive tokens (row-major) see the blocks that their list names.
 
-    Query block `i` sees the key blocks `index[..., i, :count[..., i]]`, each at most once. Leading dimensions, if any, are `[heads, ...]` or
-    `[batch, heads, ...]`, and a size of 1 repeats. A row may be empty: those queries return 0, and an lse of minus infinity.
-    Two lists are equal only when they are the same object, because comparing data on a GPU would stall it.
+    Query block `i` sees the key blocks `index[..., i, :count[..., i]]`, each at most once. Leading dimensions, if any,
+    are `[heads, ...]` or `[batch, heads, ...]`, and a size of 1 repeats. A row may be empty: those queries return 0,
+    and an lse of minus infinity. Two lists are equal only when they are the same object, because comparing data on a
+    GPU would stall it.
 
     Args:
         block: tokens per block, one int or `(queries, keys)`. The last block of the sequence may be short.
@@ -50,20 +51,24 @@ class BlockList(Blocked):
         tensors = {"index": self.index, "count": self.count}
         if self.full_count is not None:
             if self.within is None:
-                raise ValueError("BlockList: full_count says where `within` need not be tested, so it needs a pattern in `within`")
+                raise ValueError(
+                    "BlockList: full_count says where `within` need not be tested, so it needs a pattern in `within`"
+                )
             tensors["full_count"] = self.full_count
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"BlockList({name}=...): must be an int32 or int64 tensor, got {_kind(value)}")
             want = self.index.shape if name == "index" else self.index.shape[:-1]
             if value.shape != want:
-                raise ValueError(f"BlockList({name}=...): shape {tuple(value.shape)} does not fit index {tuple(self.index.shape)}")
+                raise ValueError(
+                    f"BlockList({name}=...): shape {tuple(value.shape)} does not fit index {tuple(self.index.shape)}"
+                )
             if value.device != self.index.device:
                 raise ValueError(f"BlockList({name}=...) is on {value.device} but index is on {self.index.device}")
         if not 2 <= self.index.ndim <= 4 or not self.index.shape[-1]:
             raise ValueError(
-                f"BlockList(index=...): shape {tuple(self.index.shape)}; use [query blocks, slots] with at least one slot, "
-                "optionally with heads, or batch and heads, in front"
+                f"BlockList(index=...): shape {tuple(self.index.shape)}; use [query blocks, slots] with at least "
+                "one slot, optionally with heads, or batch and heads, in front"
             )
         if self.within is not None and not isinstance(self.within, Pattern):
             raise TypeError(f"BlockList(within=...): must be a pattern, got {_kind(self.within)}")
@@ -74,7 +79,9 @@ class BlockList(Blocked):
     def from_mask(cls, mask: torch.Tensor, block: Ints, within: Pattern | None = None) -> BlockList:
         """From bool `[*lead, query blocks, key blocks]`, True where the pair of blocks is visited."""
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim < 2:
-            raise TypeError(f"BlockList.from_mask needs a bool tensor [..., query blocks, key blocks], got {_kind(mask)}")
+            raise TypeError(
+                f"BlockList.from_mask needs a bool tensor [..., query blocks, key blocks], got {_kind(mask)}"
+            )
         lists = lists_from_map((0, 0), mask)
         return cls(block, lists.index, lists.count, None, within)
 
@@ -84,14 +91,15 @@ class BlockList(Blocked):
         rows, keys = (-(-tokens // b) for b in self.block)
         if self.index.shape[-2] != rows:
             raise ValueError(
-                f"BlockList has {self.index.shape[-2]} rows, but {tokens} tokens of grid {grid} are {rows} blocks of {self.block[0]}"
+                f"BlockList has {self.index.shape[-2]} rows, but {tokens} tokens of grid {grid} "
+                f"are {rows} blocks of {self.block[0]}"
             )
         listed = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
         used = self.index[listed]
         if used.numel() and not (0 <= int(used.min()) and int(used.max()) < keys):
             raise ValueError(
-                f"BlockList names key blocks {int(used.min())} to {int(used.max())}, but {tokens} tokens of grid {grid} are "
-                f"{keys} blocks of {self.block[1]}: 0 to {keys - 1}"
+                f"BlockList names key blocks {int(used.min())} to {int(used.max())}, but {tokens} tokens "
+                f"of grid {grid} are {keys} blocks of {self.block[1]}: 0 to {keys - 1}"
             )
         if int(self.count.min()) < 0 or int(self.count.max()) > self.index.shape[-1]:
             raise ValueError(f"BlockList(count=...): must lie between 0 and the {self.index.shape[-1]} slots of index")
@@ -171,7 +179,10 @@ class BlockList(Blocked):
 
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> BlockList:
-        tensors = {n: None if options.get(n) is None else torch.tensor(options[n], dtype=torch.int32) for n in ("index", "count", "full_count")}
+        tensors = {
+            n: None if options.get(n) is None else torch.tensor(options[n], dtype=torch.int32)
+            for n in ("index", "count", "full_count")
+        }
         within = options.get("within")
         return cls(options["block"], **tensors, within=None if within is None else Pattern.from_dict(within))
 

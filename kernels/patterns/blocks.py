@@ -14,9 +14,10 @@ from .base import Pattern
 class Lists:
     """Which key blocks each query block visits.
 
-    `index` int32 `[*lead, query blocks, slots]` holds key block numbers; the first `count` of a row are meant, the rest is
-    padding. Of those the first `full_count` are allowed as a whole, the others need the predicate token by token. `block`
-    is `(queries, keys)` in consecutive tokens; the last block of a sequence may be short. `lead` broadcasts over (batch, heads).
+    `index` int32 `[*lead, query blocks, slots]` holds key block numbers; the first `count` of a row are meant, the rest
+    is padding. Of those the first `full_count` are allowed as a whole, the others need the predicate token by token.
+    `block` is `(queries, keys)` in consecutive tokens; the last block of a sequence may be short. `lead` broadcasts
+    over (batch, heads).
     """
 
     block: tuple[int, int]
@@ -34,7 +35,8 @@ class Blocked(Pattern):
 
 
 def lists_from_map(block: tuple[int, int], visited: torch.Tensor, full: torch.Tensor | None = None) -> Lists:
-    """Block lists from bool maps `[*lead, query blocks, key blocks]`: `full` blocks first, each part in ascending order.
+    """Block lists from bool maps `[*lead, query blocks, key blocks]`: `full` blocks first, each part in ascending
+    order.
 
     There are as many slots as key blocks, which FlexAttention insists on.
     """

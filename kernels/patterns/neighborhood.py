@@ -10,7 +10,8 @@ from .base import Axis, Ints, Separable, along, set_ints
 
 @dataclasses.dataclass(frozen=True)
 class Neighborhood(Separable):
-    """Each query sees the `window` nearest keys along every axis; near a border the window moves inward and keeps its size.
+    """Each query sees the `window` nearest keys along every axis; near a border the window moves inward and keeps its
+    size.
 
     Every option is one value for all axes or a tuple with one value per axis of the grid.
 
@@ -29,8 +30,8 @@ class Neighborhood(Separable):
     >>> Neighborhood(window=(1, 5, 5)).density((4, 10, 10))
     0.0625
 
-    Papers: Neighborhood Attention Transformer; Dilated Neighborhood Attention Transformer; Generalized Neighborhood Attention:
-    Multi-dimensional Sparse Attention at the Speed of Light.
+    Papers: Neighborhood Attention Transformer; Dilated Neighborhood Attention Transformer; Generalized Neighborhood
+    Attention: Multi-dimensional Sparse Attention at the Speed of Light.
     """
 
     window: Ints
@@ -44,7 +45,9 @@ class Neighborhood(Separable):
         causal = tuple(self.causal) if isinstance(self.causal, list) else self.causal
         entries = causal if isinstance(causal, tuple) else (causal,)
         if not entries or not all(isinstance(c, bool) for c in entries):
-            raise TypeError(f"Neighborhood(causal={causal!r}): causal must be a bool, or a tuple with one bool per axis")
+            raise TypeError(
+                f"Neighborhood(causal={causal!r}): causal must be a bool, or a tuple with one bool per axis"
+            )
         object.__setattr__(self, "causal", causal)
         ranks = {len(v) for v in (self.window, self.stride, self.dilation, causal) if isinstance(v, tuple)}
         if len(ranks) > 1:
@@ -52,17 +55,19 @@ class Neighborhood(Separable):
         for axis in range(max(ranks, default=1)):
             window, stride = (along(self, n, max(ranks, default=1))[axis] for n in ("window", "stride"))
             if stride > window:
-                raise ValueError(f"{self}: stride {stride} is larger than window {window} on axis {axis}; use stride <= window")
+                raise ValueError(
+                    f"{self}: stride {stride} is larger than window {window} on axis {axis}; use stride <= window"
+                )
 
     def check(self, grid: tuple[int, ...]) -> None:
         super().check(grid)
         options = [along(self, n, len(grid)) for n in ("window", "stride", "dilation", "causal")]
-        for axis, (extent, window, _, dilation, _) in enumerate(zip(grid, *options)):
+        for axis, (extent, window, _, dilation, _) in enumerate(zip(grid, *options, strict=False)):
             if window * dilation > extent:
                 times = f" times dilation {dilation}" if dilation > 1 else ""
                 raise ValueError(
-                    f"{self}: window {window}{times} is larger than the grid, which has {extent} tokens on axis {axis} of {grid}; "
-                    f"use a window of at most {extent // dilation} there"
+                    f"{self}: window {window}{times} is larger than the grid, which has {extent} tokens on axis {axis} "
+                    f"of {grid}; use a window of at most {extent // dilation} there"
                 )
 
     def axis(self, extent: int, index: int) -> Axis:

@@ -13,28 +13,29 @@ from .base import Predicate, check_grid, is_int
 from .blocks import Blocked, Lists, block_lengths, lists_from_map
 
 RULES = ("token", "block")
-# Block sizes of the token rule, which is exact at any: small blocks leave less to mask, large ones keep long lists short.
-SMALL_BLOCK, LARGE_BLOCK, LONG = 64, 128, 65536
+# Blocks of the token rule, which is exact with any: short ones leave less to mask, wide ones keep long lists short.
+SHORT, WIDE, LONG = (128, 64), (128, 128), 65536
 
 
 @dataclasses.dataclass(frozen=True)
 class Radial(Blocked):
     """Static sparse pattern for video: attention narrows with the distance between frames.
 
-    The grid is `(frames, h, w)` or `(frames, positions)`. Let `P` be the tokens of a frame, `t` the distance of two frames,
-    `g = t.bit_length()` and `base = 2 ** P.bit_length() / 2 ** g`. Frames at distance 0 or 1 see each other fully. Further
-    apart, positions `a` and `b` see each other when `abs(a - b) <= max(base * decay, block)`; but where `base < thin` only frame
-    distances that are multiples of `int(thin / base)` are kept at all.
+    The grid is `(frames, h, w)` or `(frames, positions)`. Let `P` be the tokens of a frame, `t` the distance of two
+    frames, `g = t.bit_length()` and `base = 2 ** P.bit_length() / 2 ** g`. Frames at distance 0 or 1 see each other
+    fully. Further apart, positions `a` and `b` see each other when `abs(a - b) <= max(base * decay, block)`; but where
+    `base < thin` only frame distances that are multiples of `int(thin / base)` are kept at all.
 
     Args:
-        decay: width of the diagonals, above 0; less is sparser. 1.0 is the paper's setting, 0.2 what its authors ship for Wan2.1.
+        decay: width of the diagonals, above 0; less is sparser. 1.0 is the paper's setting, 0.2 what its authors ship
+            for Wan2.1.
         block: narrowest half width of a diagonal in tokens, and the block size of the block rule; at least 1.
         sink: every token sees the first frame (the setting for Wan; HunyuanVideo uses False).
-        rule: "token" is the exact definition above. "block" is what the authors run: the sequence is cut into blocks of `block`
-            tokens, and a block pair is kept as a whole or dropped as a whole, by how much of it the token rule fills. A last
-            block that is short sees everything and is seen by everything.
-        thin: the constant of the thinning rule, 128 in the published code. On grids of fewer than about 128 positions it
-            removes every distant frame, even the neighbours; 0 switches thinning off.
+        rule: "token" is the exact definition above. "block" is what the authors run: the sequence is cut into blocks of
+            `block` tokens, and a block pair is kept as a whole or dropped as a whole, by how much of it the token rule
+            fills. A last block that is short sees everything and is seen by everything.
+        thin: the constant of the thinning rule, 128 in the published code. On grids of fewer than about 128 positions
+            it removes every distant frame, even the neighbours; 0 switches thinning off.
 
     Raises:
         ValueError: in `check` (and so in `attend`) when the grid has a single axis, or when the block rule drops a
@@ -79,8 +80,8 @@ class Radial(Blocked):
             if not kept.all():
                 positions = math.prod(grid[1:])
                 raise ValueError(
-                    f"{self} drops {int((~kept).sum())} of {len(kept)} diagonal blocks on grid {grid}: tokens there would not see "
-                    f"themselves. Use rule='token', or a block well below the {positions} tokens of a frame"
+                    f"{self} drops {int((~kept).sum())} of {len(kept)} diagonal blocks on grid {grid}: tokens there "
+                    f"would not see themselves; use rule='token', or a block below the {positions} tokens of a frame"
                 )
 
     def widths(self, grid: tuple[int, ...]) -> list[int]:
@@ -109,8 +110,10 @@ class Radial(Blocked):
         if self.rule == "block":
             kept = self.block_map(grid).to(device)
             return lambda query, key: kept[query // self.block, key // self.block]
-        positions, widths = math.prod(grid[1:]), self._pair_widths(grid).to(device)
-        return lambda query, key: (query % positions - key % positions).abs() <= widths[query // positions, key // positions]
+        token, positions = torch.arange(math.prod(grid), device=device), math.prod(grid[1:])
+        frame, place = token // positions, (token % positions).int()
+        widths = self._pair_widths(grid).to(device, torch.int32)
+        return lambda query, key: (place[query] - place[key]).abs() <= widths[frame[query], frame[key]]
 
     def density(self, grid: tuple[int, ...]) -> float:
         self.check(grid)
@@ -134,40 +137,42 @@ class Radial(Blocked):
 @functools.lru_cache(maxsize=16)
 def _lists(pattern: Radial, grid: tuple[int, int], device: str) -> Lists:
     if pattern.rule == "block":
-        block, visited, full = pattern.block, pattern.block_map(grid), None
+        block, visited, full = (pattern.block, pattern.block), pattern.block_map(grid), None
     else:
-        block = SMALL_BLOCK if math.prod(grid) <= LONG else LARGE_BLOCK
+        block = SHORT if math.prod(grid) <= LONG else WIDE
         visited, full = _token_blocks(pattern, grid, block)
-    lists = lists_from_map((block, block), visited, full)
-    return Lists(lists.block, lists.index.to(device), lists.count.to(device), lists.full_count.to(device))
+    lists = lists_from_map(block, visited, full)
+    return Lists(block, lists.index.to(device), lists.count.to(device), lists.full_count.to(device))
 
 
-def _token_blocks(pattern: Radial, grid: tuple[int, int], block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pairs of blocks hold any allowed pair of tokens, and which hold nothing else.
-
-    A block is a run of positions in one frame or in a few consecutive ones, so every pair of runs is a rectangle
-    whose smallest and largest distance to the diagonal decide.
-    """
+def _runs(grid: tuple[int, int], block: int) -> list[tuple[torch.Tensor, ...]]:
+    """Blocks as runs of positions in one frame: frame, first and last position, and whether the block has that run."""
     frames, positions = grid
-    tokens = frames * positions
-    widths = pattern._pair_widths(grid)
-    starts = torch.arange(0, tokens, block)
-    stops = (starts + block).clamp(max=tokens)
-    spans = int(((stops - 1) // positions - starts // positions).max()) + 1
+    starts = torch.arange(0, frames * positions, block)
+    stops = (starts + block).clamp(max=frames * positions)
     runs = []
-    for s in range(spans):
+    for s in range(int(((stops - 1) // positions - starts // positions).max()) + 1):
         frame = starts // positions + s
         first, last = torch.maximum(starts, frame * positions), torch.minimum(stops, (frame + 1) * positions) - 1
         runs.append((frame.clamp(max=frames - 1), first - frame * positions, last - frame * positions, first <= last))
-    visited = torch.zeros(len(starts), len(starts), dtype=torch.bool)
+    return runs
+
+
+def _token_blocks(pattern: Radial, grid: tuple[int, int], block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pairs of blocks hold any allowed pair of tokens, and which hold nothing else.
+
+    A pair of runs is a rectangle of a frame pair; its smallest and largest distance from the diagonal decide.
+    """
+    widths, tokens = pattern._pair_widths(grid), math.prod(grid)
+    visited = torch.zeros(*(-(-tokens // b) for b in block), dtype=torch.bool)
     full = torch.ones_like(visited)
-    for frame_q, a0, a1, real_q in runs:
-        for frame_k, b0, b1, real_k in runs:
-            width = widths[frame_q[:, None], frame_k[None, :]]
-            apart = torch.maximum(b0[None, :] - a1[:, None], a0[:, None] - b1[None, :])
-            furthest = torch.maximum(b1[None, :] - a0[:, None], a1[:, None] - b0[None, :])
-            real = real_q[:, None] & real_k[None, :]
-            visited |= real & (apart.clamp(min=0) <= width)
+    for frame_q, a0, a1, real_q in _runs(grid, block[0]):
+        for frame_k, b0, b1, real_k in _runs(grid, block[1]):
+            width = widths[frame_q[:, None], frame_k]
+            apart = torch.maximum(b0 - a1[:, None], a0[:, None] - b1).clamp(min=0)
+            furthest = torch.maximum(b1 - a0[:, None], a1[:, None] - b0)
+            real = real_q[:, None] & real_k
+            visited |= real & (apart <= width)
             full &= ~real | (furthest <= width)
     return visited, full
 
@@ -177,7 +182,8 @@ def _block_rule(pattern: Radial, grid: tuple[int, int]) -> torch.Tensor:
     """Judge every frame pair on its own canvas of blocks, then combine.
 
     A frame pair laid at an offset of its first block keeps a block when more than 0.6 of the block's columns that hold
-    anything are filled to more than a third. What sticks out of the canvas of `ceil(positions / block)` blocks is dropped.
+    anything are filled to more than a third. What sticks out of the canvas of `ceil(positions / block)` blocks is
+    dropped.
     """
     frames, positions = grid
     block, whole = pattern.block, frames * positions // pattern.block
@@ -187,7 +193,7 @@ def _block_rule(pattern: Radial, grid: tuple[int, int]) -> torch.Tensor:
     out[whole:, :] = True
     out[:, whole:] = True
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def keep(width: int, offset_q: int, offset_k: int) -> torch.Tensor:
         column = torch.arange(across * block) - offset_k
         edges = torch.arange(across + 1)[:, None] * block - offset_q

@@ -12,10 +12,11 @@ from .base import Axis, Ints, Separable, along, plain_axis, set_ints
 class SlidingTile(Separable):
     """The grid is cut into tiles; every query of a tile sees the same `window` tiles around its own.
 
-    Along an axis of `n` tiles, tile `i` sees the tiles from `clamp(i - window // 2, 0, n - window)` on, `window` of them: at a border
-    the window moves inward. An even window reaches one tile further to the left. A window of more than `n` tiles is the full axis.
-    A tile size that does not divide the axis leaves a last tile that is shorter, and counts as one. With an odd window
-    and a tile that divides the axis this equals `Neighborhood(window=tile * window, stride=tile)`.
+    Along an axis of `n` tiles, tile `i` sees the tiles from `clamp(i - window // 2, 0, n - window)` on, `window` of
+    them: at a border the window moves inward. An even window reaches one tile further to the left. A window of more
+    than `n` tiles is the full axis. A tile size that does not divide the axis leaves a last tile that is shorter, and
+    counts as one. With an odd window and a tile that divides the axis this equals `Neighborhood(window=tile * window,
+    stride=tile)`.
 
     Args:
         tile: tokens per tile along an axis, 1 to the extent. One int or one per axis, for example `(6, 8, 8)`.
@@ -37,11 +38,11 @@ class SlidingTile(Separable):
     def check(self, grid: tuple[int, ...]) -> None:
         super().check(grid)
         along(self, "window", len(grid))
-        for axis, (extent, tile) in enumerate(zip(grid, along(self, "tile", len(grid)))):
+        for axis, (extent, tile) in enumerate(zip(grid, along(self, "tile", len(grid)), strict=False)):
             if tile > extent:
                 raise ValueError(
-                    f"{self}: a tile of {tile} is larger than the grid, which has {extent} tokens on axis {axis} of {grid}; "
-                    f"use a tile of at most {extent} there"
+                    f"{self}: a tile of {tile} is larger than the grid, which has {extent} tokens on axis {axis} "
+                    f"of {grid}; use a tile of at most {extent} there"
                 )
 
     def axis(self, extent: int, index: int) -> Axis:

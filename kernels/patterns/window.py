@@ -12,9 +12,9 @@ from .base import Axis, Ints, Separable, along, plain_axis, set_ints
 class Window(Separable):
     """The grid is cut into windows; tokens see each other exactly when they share a window.
 
-    Cuts lie at `shift, shift + size, shift + 2 * size, ...` along each axis, so with a shift the first window and, as a rule, the
-    last one are smaller (what the rolled and masked windows of Swin compute). A size that does not divide the axis leaves
-    a shorter last window. Every option is one int or a tuple with one int per axis.
+    Cuts lie at `shift, shift + size, shift + 2 * size, ...` along each axis, so with a shift the first window and, as a
+    rule, the last one are smaller (what the rolled and masked windows of Swin compute). A size that does not divide the
+    axis leaves a shorter last window. Every option is one int or a tuple with one int per axis.
 
     Args:
         size: tokens per window along an axis, 1 to the extent of that axis.
@@ -34,18 +34,20 @@ class Window(Separable):
         set_ints(self, 1, "size")
         set_ints(self, 0, "shift")
         rank = max(len(v) if isinstance(v, tuple) else 1 for v in (self.size, self.shift))
-        for axis, (size, shift) in enumerate(zip(along(self, "size", rank), along(self, "shift", rank))):
+        for axis, (size, shift) in enumerate(zip(along(self, "size", rank), along(self, "shift", rank), strict=False)):
             if shift >= size:
-                raise ValueError(f"{self}: shift {shift} on axis {axis} must be smaller than the size {size} of a window")
+                raise ValueError(
+                    f"{self}: shift {shift} on axis {axis} must be smaller than the size {size} of a window"
+                )
 
     def check(self, grid: tuple[int, ...]) -> None:
         super().check(grid)
         along(self, "shift", len(grid))
-        for axis, (extent, size) in enumerate(zip(grid, along(self, "size", len(grid)))):
+        for axis, (extent, size) in enumerate(zip(grid, along(self, "size", len(grid)), strict=False)):
             if size > extent:
                 raise ValueError(
-                    f"{self}: a window of {size} is larger than the grid, which has {extent} tokens on axis {axis} of {grid}; "
-                    f"use a size of at most {extent} there"
+                    f"{self}: a window of {size} is larger than the grid, which has {extent} tokens on axis "
+                    f"{axis} of {grid}; use a size of at most {extent} there"
                 )
 
     def axis(self, extent: int, index: int) -> Axis:
