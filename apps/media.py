@@ -59,12 +59,13 @@ def write_sheet(path: Path, rows: dict[str, np.ndarray], title: str) -> None:
     count, height, width = next(iter(rows.values())).shape[:3]
     shown = sorted({round(i * (count - 1) / max(1, min(count, PER_ROW) - 1)) for i in range(min(count, PER_ROW))})
     longest = max(height, width)
-    side = LARGE if count == 1 else LARGE // 2
-    scale = min(-(-side // min(height, width)), 8) if longest < 320 else 320 / longest
+    side, limit = (LARGE, 480) if count == 1 else (LARGE // 2, 240)
+    scale = min(-(-side // min(height, width)), 8) if longest < limit else limit / longest
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    gap, line = 8, 22
+    gap = 8
     sheet_width = max(gap + len(shown) * (size[0] + gap), 420)
+    zoom = min(max(1.0, sheet_width / 1200), 2.0)  # a wide sheet is looked at from further away
+    font, small, line = ImageFont.load_default(15 * zoom), ImageFont.load_default(12 * zoom), round(22 * zoom)
     wrapped = _wrap(title, font, sheet_width - 2 * gap)
     top = gap + line * len(wrapped)
     row_height = line + size[1] + line
