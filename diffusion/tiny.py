@@ -1,9 +1,8 @@
 """The built-in video model: real diffusers and transformers classes, small enough for a CPU, made for the shapes world.
 
-`pipeline()` builds it with random weights; `vision_attn.diffusion.train` trains it; `WEIGHTS` holds the trained one.
+`pipeline()` builds it with random weights; `vision_attn.diffusion.train` trains it; `vision_attn.diffusion.loading.load()`
+opens the trained one that ships.
 """
-
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
@@ -12,7 +11,6 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vision_attn.shapes import WORDS
 
-WEIGHTS = Path(__file__).parent / "weights" / "shapes-video"
 TEXT_DIM = 96
 LATENTS = 16
 
