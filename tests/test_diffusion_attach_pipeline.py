@@ -106,6 +106,14 @@ def test_dense_steps_of_a_pipeline():
     assert torch.equal(generate(pipe), dense)
 
 
+def test_every_pipeline_call_is_a_run_of_its_own():
+    pipe = pipeline()
+    with attach(pipe, LOCAL) as attached:
+        for _ in range(3):
+            generate(pipe, steps=1)
+    assert attached.report.denoisers[0].steps == {"sparse": 3, "dense": 0}
+
+
 def test_first_steps_are_the_dense_ones():
     pipe = pipeline()
     kept = []
