@@ -13,6 +13,21 @@ from vision_attn.shapes import WORDS
 
 TEXT_DIM = 96
 LATENTS = 16
+# What `defaults.json` of the trained folder says: sizes it was trained at, and pattern options that suit 5 x 6 x 6 tokens.
+DEFAULTS = {
+    "height": 48,
+    "width": 48,
+    "frames": 17,
+    "fps": 8,
+    "steps": 20,
+    "guidance": 3.0,
+    "max_sequence_length": 16,
+    "attention": {
+        "radial": {"decay": 0.5, "block": 4, "thin": 8},
+        "neighborhood": {"window": [3, 5, 5]},
+        "sliding-tile": {"tile": [1, 2, 2], "window": [3, 3, 3]},
+    },
+}
 
 
 def vae() -> AutoencoderKLWan:

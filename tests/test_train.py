@@ -45,9 +45,15 @@ def test_every_stage_runs_and_leaves_a_pipeline(tmp_path, capsys):
 
     train.main(["vae", "--out", str(tmp_path), "--steps", "2"])
     train.main(["denoiser", "--out", str(tmp_path), "--steps", "2", "--clips", "16"])
-    train.main(["evaluate", "--out", str(tmp_path), "--prompts", "1", "--sampling-steps", "1"])
-    means = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert means["prompts"] == 1 and 0 <= means["both"] <= 1
+    defaults = json.loads((tmp_path / "defaults.json").read_text())
+    (tmp_path / "defaults.json").write_text(json.dumps(defaults | {"steps": 1}))
+    train.main(["evaluate", "--out", str(tmp_path), "--prompts", "1"])
+    dense = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert dense["attention"] == "Dense()" and 0 <= dense["both"] <= 1
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [row["density"] < 1 for row in rows] == [False, True, True, True]
+    card = (tmp_path / "README.md").read_text()
+    assert "train vae --out OUT --steps 2" in card and "| `Radial(" in card
     pipe = WanPipeline.from_pretrained(tmp_path)
     assert pipe.vae.config.latents_std != [1.0] * 16, "the measured statistics of the latents are stored"
     assert not list(tmp_path.rglob("*.bin")), "safetensors only"
