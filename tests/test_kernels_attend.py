@@ -224,10 +224,10 @@ def test_refusals_say_what_was_got_and_what_is_allowed(call, kind, words):
         call()
 
 
-MODULES = ("attend", "explain", *(f"patterns.{name}" for name in ("base", "block_list", "dense", "neighborhood", "radial")))
+PATTERNS = ("base", "block_list", "dense", "neighborhood", "radial", "sliding_tile", "window")
 
 
-@pytest.mark.parametrize("name", [*MODULES, "patterns.sliding_tile", "patterns.window"])
+@pytest.mark.parametrize("name", ["attend", "explain", *(f"patterns.{name}" for name in PATTERNS)])
 def test_examples_in_docstrings(name):
     failed, tried = doctest.testmod(importlib.import_module(f"vision_attn.kernels.{name}"))
     assert tried and not failed
