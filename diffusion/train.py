@@ -1,7 +1,8 @@
-"""Train the built-in video model from scratch on the shapes world: first the VAE, then the denoiser.
+"""Train the built-in video model from scratch on the shapes world: first the VAE, then the denoiser in its latents.
 
     python -m vision_attn.diffusion.train vae --out runs/shapes-video
     python -m vision_attn.diffusion.train denoiser --out runs/shapes-video
+    python -m vision_attn.diffusion.train decoder --out runs/shapes-video
     python -m vision_attn.diffusion.train evaluate --out runs/shapes-video
 
 Each stage goes on from its last checkpoint when it is called again, and writes the finished part into the diffusers
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -145,42 +147,69 @@ def decode_unclamped(vae, latents: Tensor) -> Tensor:
     return unpatchify(torch.cat(frames, 2), vae.config.patch_size)
 
 
+def reconstruction_loss(vae, video: Tensor, bf16: bool) -> Tensor:
+    """Weighted L1, L2 and edges of a clip drawn from its own latents, plus a little of the divergence from N(0, 1)."""
+    empty = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        posterior = vae.encode(video).latent_dist
+        drawn = decode_unclamped(vae, posterior.sample()).float()
+    weight = 1 + 8 * ((video - empty).abs().amax(1, keepdim=True) > 0.1)
+    first = [2.0] + [1.0] * (video.shape[2] - 1)  # frame 0 has a latent of its own
+    weight = weight * torch.tensor(first).view(1, 1, -1, 1, 1)
+    error = (drawn - video) * weight / weight.mean()
+    edges = sum((drawn - video).diff(dim=axis).abs().mean() for axis in (3, 4))
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+    return error.abs().mean() + (error * (drawn - video)).mean() + 2 * edges + 1e-4 * divergence
+
+
+def draw_long_clips(rng: np.random.Generator) -> Tensor:
+    """Clips of 17 frames or more: a decoder that never saw five latent frames lets colours drift from the fourth on."""
+    frames, size = ((17, 4), (33, 2), (65, 1))[int(rng.choice(3, p=[0.77, 0.18, 0.05]))]
+    return batch_of_clips(rng, size, frames)[0]
+
+
 def train_vae(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     vae = tiny.vae()
-    empty = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
 
     def loss_of(rng: np.random.Generator, progress: float) -> Tensor:
-        # Still images first: on clips from the start, colour is learned last or never. Then short clips, then long
-        # ones: a decoder that never saw five latent frames in a row lets the colours drift from the fourth on.
-        if progress < 0.13:
-            frames, size = 1, 32
-        elif progress < 0.475:
-            frames, size = 9, 6
-        else:
-            frames, size = ((17, 4), (33, 2), (65, 1))[int(rng.choice(3, p=[0.77, 0.18, 0.05]))]
-        video, _ = batch_of_clips(rng, size, frames)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            posterior = vae.encode(video).latent_dist
-            drawn = decode_unclamped(vae, posterior.sample()).float()
-        weight = 1 + 8 * ((video - empty).abs().amax(1, keepdim=True) > 0.1)
-        weight = weight * torch.tensor([2.0] + [1.0] * (frames - 1)).view(1, 1, -1, 1, 1)  # frame 0 has its own latent
-        error = (drawn - video) * weight / weight.mean()
-        edges = sum((drawn - video).diff(dim=axis).abs().mean() for axis in (3, 4))
-        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return error.abs().mean() + (error * (drawn - video)).mean() + 2 * edges + 1e-4 * divergence
+        # Still images first: on clips from the start, colour is learned last or never.
+        if progress < 0.475:
+            frames, size = (1, 32) if progress < 0.13 else (9, 6)
+            return reconstruction_loss(vae, batch_of_clips(rng, size, frames)[0], args.bf16)
+        return reconstruction_loss(vae, draw_long_clips(rng), args.bf16)
 
-    done = fit("vae", vae, loss_of, out=args.out, steps=args.steps or 2600, lr=args.lr or 2e-3, seed=args.seed, decay=0.995)
-    vae.eval()
+    steps, lr = args.steps or 2600, args.lr or 2e-3
+    done = fit("vae", vae, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed, decay=0.995)
     video, _ = batch_of_clips(np.random.default_rng((args.seed, 10**9)), 64, 17)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in video.split(8)])
-        drawn = torch.cat([vae.decode(part).sample for part in latents.split(8)])
+        latents = torch.cat([vae.eval().encode(part).latent_dist.mode() for part in video.split(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    done["psnr"] = round(float(-10 * torch.log10(((drawn - video) / 2).square().mean())), 2)
+    finish_vae(args, "vae", vae, done)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Sharpen the decoder alone. The latents keep their meaning, so it may run while the denoiser trains."""
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae")
+    vae.requires_grad_(False)
+    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+
+    def loss_of(rng: np.random.Generator, progress: float) -> Tensor:
+        return reconstruction_loss(vae, draw_long_clips(rng), args.bf16)
+
+    steps, lr = args.steps or 1000, args.lr or 1e-3
+    done = fit("decoder", parts, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed + 1, decay=0.995)
+    finish_vae(args, "decoder", vae, done)
+
+
+def finish_vae(args: argparse.Namespace, name: str, vae: AutoencoderKLWan, done: dict) -> None:
+    video, _ = batch_of_clips(np.random.default_rng((args.seed, 10**9)), 64, 17)
+    with torch.no_grad():
+        error = torch.cat([vae.eval()(part).sample - part for part in video.split(8)])
+    done["psnr"] = round(float(-10 * torch.log10((error / 2).square().mean())), 2)
     vae.half().save_pretrained(args.out / "vae")
-    leave_record(args, "vae", vae, done)
+    leave_record(args, name, vae, done)
 
 
 def encode_clips(args: argparse.Namespace, vae, count: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -213,7 +242,7 @@ def embed(text_encoder, tokens, texts: list[str], length: int) -> Tensor:
 def train_denoiser(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     pipe = tiny.pipeline(args.seed)
-    vae = type(pipe.vae).from_pretrained(args.out / "vae").eval()
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae").eval()
     clips, stills, texts = encode_clips(args, vae, args.clips)
     model = nn.ModuleDict({"text_encoder": pipe.text_encoder, "transformer": pipe.transformer}).train()
     compiled = torch.compile(pipe.transformer) if args.compile else pipe.transformer
@@ -238,21 +267,23 @@ def train_denoiser(args: argparse.Namespace) -> None:
         flow = net((1 - at) * clean + at * noise, 1000 * level, prompt, return_dict=False)[0]
         return (flow - (noise - clean)).square().mean()
 
-    done = fit(
-        "denoiser", model, loss_of, out=args.out, steps=args.steps or 3800, lr=args.lr or 1.5e-3, seed=args.seed, decay=0.999
-    )
-    pipe.vae = vae
+    steps, lr = args.steps or 3800, args.lr or 1.5e-3
+    done = fit("denoiser", model, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed, decay=0.999)
+    pipe.vae = AutoencoderKLWan.from_pretrained(args.out / "vae")  # the decoder may have become sharper meanwhile
     pipe.to(torch.float16)
     pipe.save_pretrained(args.out)
     (args.out / "defaults.json").write_text(json.dumps(tiny.DEFAULTS, indent=2) + "\n")
     leave_record(args, "denoiser", model, done | {"clips": len(texts)})
 
 
+STAGES = {"vae": train_vae, "denoiser": train_denoiser, "decoder": train_decoder, "evaluate": evaluate}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "vision_attn.diffusion.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["vae", "denoiser", "evaluate"])
+    parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the finished pipeline")
     parser.add_argument("--steps", type=int, help="training steps (the stage's own default if not given)")
     parser.add_argument("--lr", type=float, help="highest learning rate")
@@ -267,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     args.command = shlex.join("OUT" if word == str(args.out) else word for word in words)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "denoiser": train_denoiser, "evaluate": evaluate}[args.stage](args)
+    STAGES[args.stage](args)
 
 
 if __name__ == "__main__":

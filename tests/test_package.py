@@ -98,7 +98,8 @@ def test_works_inside_and_outside_the_checkout(tmp_path):
     )
     assert run(code, ROOT) == run(code, tmp_path) == "(1, 8, 8, 2, 16)"
     # not installed at all: only the path to the checkout
-    bare = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; sys.path.insert(0, {str(ROOT)!r});"
+    forget = "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    bare = f"import sys; {forget}; sys.path.insert(0, {str(ROOT)!r});"
     assert run(bare + code, tmp_path) == "(1, 8, 8, 2, 16)"
 
 

@@ -1,4 +1,7 @@
-"""The README: every code block runs, and its tables are what the code says. `python tests/test_readme.py` rewrites the tables."""
+"""The README: every code block runs, and its tables are what the code says.
+
+`python tests/test_readme.py` rewrites the tables.
+"""
 
 import os
 import re

@@ -41,10 +41,12 @@ def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path):
 
 
 def test_every_stage_runs_and_leaves_a_pipeline(tmp_path, capsys):
-    from diffusers import WanPipeline
+    from diffusers import AutoencoderKLWan, WanPipeline
 
     train.main(["vae", "--out", str(tmp_path), "--steps", "2"])
+    encoder = AutoencoderKLWan.from_pretrained(tmp_path / "vae").encoder.state_dict()
     train.main(["denoiser", "--out", str(tmp_path), "--steps", "2", "--clips", "16"])
+    train.main(["decoder", "--out", str(tmp_path), "--steps", "1"])
     defaults = json.loads((tmp_path / "defaults.json").read_text())
     (tmp_path / "defaults.json").write_text(json.dumps(defaults | {"steps": 1}))
     train.main(["evaluate", "--out", str(tmp_path), "--prompts", "1"])
@@ -56,4 +58,5 @@ def test_every_stage_runs_and_leaves_a_pipeline(tmp_path, capsys):
     assert "train vae --out OUT --steps 2" in card and "| `Radial(" in card
     pipe = WanPipeline.from_pretrained(tmp_path)
     assert pipe.vae.config.latents_std != [1.0] * 16, "the measured statistics of the latents are stored"
+    assert all(torch.equal(value, encoder[name]) for name, value in pipe.vae.encoder.state_dict().items())
     assert not list(tmp_path.rglob("*.bin")), "safetensors only"
