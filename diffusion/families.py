@@ -173,3 +173,19 @@ def family_of(module: torch.nn.Module, grid: Grid | None) -> Family:
         f"h, w) or grid=(h, w), sizes in tokens, if its self-attention covers exactly the image tokens in raster "
         f"order and calls scaled_dot_product_attention; or add an entry to vision_attn.diffusion.families.FAMILIES"
     )
+
+
+def families_table() -> str:
+    """Markdown table of the denoiser classes, for the README."""
+    lines = ["| denoiser class | grid | text in the sequence | |", "| --- | --- | --- | --- |"]
+    for family in FAMILIES.values():
+        notes = {
+            f"refused: {family.refuse}": family.refuse,
+            "padding text is cut off": family.drops_padding,
+            "appended images stay visible to every token": family.appends,
+            "the grid halves from level to level": family.stages,
+        }
+        note = "; ".join(text for text, holds in notes.items() if holds)
+        text = "" if family.refuse else family.text
+        lines.append(f"| `{family.name}` | {', '.join(family.axes)} | {text} | {note} |")
+    return "\n".join(lines)

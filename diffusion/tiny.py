@@ -1,4 +1,4 @@
-"""The built-in video model: real diffusers and transformers classes, small enough for a CPU, made for the shapes world.
+"""The built-in video model: real diffusers and transformers classes, small enough for a CPU.
 
 `pipeline()` builds it with random weights; `vision_attn.diffusion.train` trains it; `vision_attn.diffusion.loading.load()`
 opens the trained one that ships.
@@ -13,7 +13,7 @@ from vision_attn.shapes import WORDS
 
 TEXT_DIM = 96
 LATENTS = 16
-# What `defaults.json` of the trained folder says: sizes it was trained at, and pattern options that suit 5 x 6 x 6 tokens.
+# What `defaults.json` of the trained folder says; the pattern options suit 5 x 6 x 6 tokens.
 DEFAULTS = {
     "height": 48,
     "width": 48,
