@@ -1,7 +1,7 @@
 """The built-in video model: real diffusers and transformers classes, small enough for a CPU.
 
-`pipeline()` builds it with random weights; `vision_attn.diffusion.train` trains it; `vision_attn.diffusion.loading.load()`
-opens the trained one that ships.
+`pipeline()` builds it with random weights, `vision_attn.diffusion.train` trains it, and
+`vision_attn.diffusion.loading.load()` opens the trained one that ships.
 """
 
 import torch
