@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from typing import List  # noqa: UP035 - torch 2.6 knows this spelling only
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def _attend(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
     extra_mask: Tensor | None,
-    tensors: list[Tensor],
+    tensors: List[Tensor],  # noqa: UP006
     pattern: str,
     scale: float | None,
     return_lse: bool,
@@ -91,12 +92,12 @@ def _attend_backward(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
     extra_mask: Tensor | None,
-    tensors: list[Tensor],
+    tensors: List[Tensor],  # noqa: UP006
     pattern: str,
     scale: float | None,
     return_lse: bool,
     backend: str | None,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006
     problem, module, call = _problem(
         q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend, True
     )
