@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -50,22 +51,33 @@ class Verdict:
     width: int
 
 
-def _outline(shape: str) -> np.ndarray:
-    axis = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE * 2 - 1
-    x, y = np.meshgrid(axis, axis)
-    return distance(shape, x * 0.9, y * 0.9, 1.0) < 0 if shape == "square" else distance(shape, x, y, 1.0) < 0
-
-
-_OUTLINES = {shape: _outline(shape) for shape in SHAPES}
-
-
-def _name_shape(mask: np.ndarray) -> str:
+def _boxed(solidity: np.ndarray) -> np.ndarray:
+    """Solidity in 0..1, cut to the box of what is more than half solid, at one size for all."""
     import cv2
 
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    box = cv2.resize(mask.astype(np.float32), (_TEMPLATE, _TEMPLATE), interpolation=cv2.INTER_AREA) > 0.5
-    return max(SHAPES, key=lambda s: (box & _OUTLINES[s]).sum() / max((box | _OUTLINES[s]).sum(), 1))
+    front = solidity > 0.5
+    rows, columns = np.flatnonzero(front.any(1)), np.flatnonzero(front.any(0))
+    box = solidity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return cv2.resize(box.astype(np.float32), (_TEMPLATE, _TEMPLATE), interpolation=cv2.INTER_AREA)
+
+
+@lru_cache(maxsize=1)
+def _templates() -> list[tuple[str, np.ndarray]]:
+    """Every shape, sharp and at three degrees of blur."""
+    import cv2
+
+    x, y = np.meshgrid(np.arange(-80, 80) + 0.5, np.arange(-80, 80) + 0.5)
+    found = []
+    for shape in SHAPES:
+        sharp = (distance(shape, x, y, 50) < 0).astype(np.float32)
+        found += [(shape, _boxed(sharp))]
+        found += [(shape, _boxed(cv2.GaussianBlur(sharp, (0, 0), blur))) for blur in (4, 8, 12)]
+    return found
+
+
+def _name_shape(solidity: np.ndarray) -> str:
+    seen = _boxed(solidity)
+    return min(_templates(), key=lambda named: float(np.square(named[1] - seen).sum()))[0]
 
 
 def _name_color(pixels: np.ndarray) -> str:
@@ -107,9 +119,9 @@ def judge(video: np.ndarray) -> Verdict:
         for blob in sorted(blobs, key=lambda b: -stats[b, cv2.CC_STAT_AREA]):
             x, y, w, h = stats[blob, :4]
             mask = labels[y : y + h, x : x + w] == blob
-            height_of = contrast[y : y + h, x : x + w]
+            inside = contrast[y : y + h, x : x + w] * mask
             # A soft edge lies where the contrast is half of what it is inside.
-            solid = mask & (height_of > 0.5 * np.quantile(height_of[mask], 0.8))
+            solidity = np.clip(inside / np.quantile(inside[mask], 0.8), 0, 1)
             center = (float(centers[blob][0]), float(centers[blob][1]))
             near = [(np.hypot(*np.subtract(t.centers[-1], center)), i) for i, t in enumerate(free)]
             gap, nearest = min(near, default=(np.inf, -1))
@@ -120,8 +132,8 @@ def judge(video: np.ndarray) -> Verdict:
                 tracks.append(track)
             track.frames.append(number)
             track.centers.append(center)
-            track.shapes.append(_name_shape(solid))
-            track.colors.append(_name_color(frame[y : y + h, x : x + w][solid]))
+            track.shapes.append(_name_shape(solidity))
+            track.colors.append(_name_color(frame[y : y + h, x : x + w][solidity > 0.5]))
     return Verdict(counts, sorted(tracks, key=lambda t: -len(t.frames)), height, width)
 
 
