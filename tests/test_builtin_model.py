@@ -26,14 +26,16 @@ def test_card_is_written_from_the_records():
 
 def test_it_draws_what_the_prompts_say(loaded):
     means = draw_and_score(loaded.pipe, fresh_prompts(seed=1, count=8), loaded.defaults, seed=77)
+    # Far above chance (1 in 5, 4, 4) and below the card, because these are eight clips only.
     assert means["color"] >= 0.85 and means["count"] >= 0.85 and means["direction"] >= 0.7 and means["both"] >= 0.6
 
 
 def test_it_draws_with_the_pipelines_own_prompt_length(loaded):
+    prompts = [f"a {color} circle moves right" for color in ("red", "green", "blue", "white")]
     sizes = dict(height=48, width=48, num_frames=17, num_inference_steps=10, guidance_scale=3.0)
-    prompt = "a red circle moves right"
-    videos = loaded.pipe([prompt] * 2, **sizes, generator=torch.Generator().manual_seed(0)).frames
-    assert np.mean([score(video, prompt)["color"] for video in videos]) == 1.0
+    videos = loaded.pipe(prompts, **sizes, generator=torch.Generator().manual_seed(0)).frames
+    scores = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+    assert np.mean([s["color"] for s in scores]) >= 0.75 and np.mean([s["direction"] for s in scores]) >= 0.75
 
 
 def test_it_draws_single_images(loaded):
