@@ -66,16 +66,11 @@ def test_a_wrong_backend_is_caught(monkeypatch):
 
 
 def compare(q, k, v, pattern, backend, **options):
-    wide = [t.double() for t in (q, k, v)]
-    if options.get("extra_kv"):
+    wide, wide_options = [t.double() for t in (q, k, v)], dict(options)
+    if "extra_kv" in options:
         options["extra_kv"] = tuple(options["extra_kv"])
-        wide_extra = tuple(t.double() for t in options["extra_kv"])
-    want = attend(
-        *wide,
-        pattern,
-        backend="reference",
-        **{**options, **({"extra_kv": wide_extra} if "extra_kv" in options else {})},
-    )
+        wide_options["extra_kv"] = tuple(t.double() for t in options["extra_kv"])
+    want = attend(*wide, pattern, backend="reference", **wide_options)
     plain = attend(q, k, v, pattern, backend="reference", **options)
     got = attend(q, k, v, pattern, backend=backend, **options)
     assert error(got, want) <= 8 * max(error(plain, want), torch.finfo(q.dtype).eps)
