@@ -65,17 +65,21 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def card(folder: Path) -> str:
     """The model card, from the records that the stages left in the folder."""
-    vae, denoiser, scores, defaults = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("vae", "denoiser", "evaluation", "defaults")
-    )
+    scores, defaults = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "defaults"))
+    stages = {name: folder / f"{name}.json" for name in ("vae", "denoiser", "decoder")}
+    records = {name: json.loads(path.read_text()) for name, path in stages.items() if path.exists()}
     columns = ["attention", "density", *SCORES, "seconds"]
     table = [columns, ["---"] * len(columns)]
     table += [[f"`{row[c]}`" if c == "attention" else str(row[c]) for c in columns] for row in scores["rows"]]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    steps = [f"{part['parameters']:,} | {part['steps']} | {part['seconds']}" for part in (vae, denoiser)]
-    commands = "\n".join(
-        f"python -m vision_attn.diffusion.train {record['command']}" for record in (vae, denoiser, scores)
+    done = [*records.values(), scores]
+    commands = "\n".join(f"python -m vision_attn.diffusion.train {record['command']}" for record in done)
+    trained = "\n".join(
+        f"| {name} | {r['parameters']:,} | {r['steps']} | {r['seconds']} | "
+        + (f"{r['psnr']} dB on fresh clips |" if "psnr" in r else f"{r['clips']} clips |")
+        for name, r in records.items()
     )
+    notes = "\n".join(record["note"] for record in records.values() if "note" in record)
     return f"""# shapes-video
 
 A diffusers `WanPipeline` that draws short clips, or single images, of coloured shapes: {defaults["height"]} x
@@ -84,18 +88,18 @@ package; no outside data or weights.
 
 It knows the captions `a [small|big] COLOR SHAPE [moves DIRECTION]` with circle, square, triangle, cross; red, green,
 blue, yellow, white; left, right, up, down. Two things joined by `and` were a fifth of its training. At other sizes and
-lengths it runs, and fails as large models do: objects multiply when the frame grows, and blur when the clip does.
+lengths it runs without having learned them.
 
 ```
 {commands}
 ```
 
-| part | parameters | steps | seconds | |
+| stage | parameters | steps | seconds | |
 | --- | --- | --- | --- | --- |
-| VAE | {steps[0]} | {vae["psnr"]} dB on fresh clips |
-| denoiser and text encoder | {steps[1]} | {denoiser["clips"]} clips |
+{trained}
 
-Seconds are wall time of one thread on a CPU that other work shared. {vae.get("note", "")}
+Seconds are wall time of one thread on a CPU that other work shared.
+{notes}
 
 ## What the judge says
 

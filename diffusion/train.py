@@ -208,6 +208,7 @@ def finish_vae(args: argparse.Namespace, name: str, vae: AutoencoderKLWan, done:
     with torch.no_grad():
         error = torch.cat([vae.eval()(part).sample - part for part in video.split(8)])
     done["psnr"] = round(float(-10 * torch.log10((error / 2).square().mean())), 2)
+    vae.register_to_config(_name_or_path="")  # otherwise the path it was loaded from stays in the file
     vae.half().save_pretrained(args.out / "vae")
     leave_record(args, name, vae, done)
 
@@ -270,6 +271,7 @@ def train_denoiser(args: argparse.Namespace) -> None:
     steps, lr = args.steps or 3800, args.lr or 1.5e-3
     done = fit("denoiser", model, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed, decay=0.999)
     pipe.vae = AutoencoderKLWan.from_pretrained(args.out / "vae")  # the decoder may have become sharper meanwhile
+    pipe.vae.register_to_config(_name_or_path="")
     pipe.to(torch.float16)
     pipe.save_pretrained(args.out)
     (args.out / "defaults.json").write_text(json.dumps(tiny.DEFAULTS, indent=2) + "\n")

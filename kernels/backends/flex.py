@@ -25,10 +25,15 @@ from ..problem import Problem
 from ..tiles import aligned_tile, tile_maps
 
 WORTH_COMPILING = 4096  # tokens
+# Compiled block lists were right with 2.11 and 2.15 on a CPU, and wrong with 2.6; nothing between was tried.
+OLDEST_TORCH = (2, 11)
 
 
 @functools.cache
 def missing(device: str) -> list[str]:
+    if torch.__version__ < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return [f"block masks may come out wrong with torch {torch.__version__}; needs torch {oldest} or later"]
     if device == "cuda":
         return [] if torch.cuda.is_available() else ["no CUDA device"]
     if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
