@@ -87,8 +87,8 @@ A diffusers `WanPipeline` that draws short clips, or single images, of coloured 
 package; no outside data or weights.
 
 It knows the captions `a [small|big] COLOR SHAPE [moves DIRECTION]` with circle, square, triangle, cross; red, green,
-blue, yellow, white; left, right, up, down. Two things joined by `and` were a fifth of its training. At other sizes and
-lengths it runs without having learned them.
+blue, yellow, white; left, right, up, down. Two things joined by `and` were a fifth of its training, and it often gets
+one of them wrong. At other sizes and lengths it runs without having learned them.
 
 ```
 {commands}
