@@ -186,7 +186,7 @@ def train_vae(args: argparse.Namespace) -> None:
         latents = torch.cat([vae.eval().encode(part).latent_dist.mode() for part in video.split(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    finish_vae(args, "vae", vae, done)
+    finish_vae(args, "vae", vae, vae, done)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -200,17 +200,17 @@ def train_decoder(args: argparse.Namespace) -> None:
 
     steps, lr = args.steps or 1000, args.lr or 1e-3
     done = fit("decoder", parts, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed + 1, decay=0.995)
-    finish_vae(args, "decoder", vae, done)
+    finish_vae(args, "decoder", vae, parts, done)
 
 
-def finish_vae(args: argparse.Namespace, name: str, vae: AutoencoderKLWan, done: dict) -> None:
+def finish_vae(args: argparse.Namespace, name: str, vae: AutoencoderKLWan, trained: nn.Module, done: dict) -> None:
     video, _ = batch_of_clips(np.random.default_rng((args.seed, 10**9)), 64, 17)
     with torch.no_grad():
         error = torch.cat([vae.eval()(part).sample - part for part in video.split(8)])
     done["psnr"] = round(float(-10 * torch.log10((error / 2).square().mean())), 2)
     vae.register_to_config(_name_or_path="")  # otherwise the path it was loaded from stays in the file
     vae.half().save_pretrained(args.out / "vae")
-    leave_record(args, name, vae, done)
+    leave_record(args, name, trained, done)
 
 
 def encode_clips(args: argparse.Namespace, vae, count: int) -> tuple[Tensor, Tensor, list[str]]:

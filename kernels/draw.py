@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MASK_TOKENS = 400  # the mask is drawn up to this many tokens; a larger one would be grey dust
 FRAMES = 10  # frames of a (t, h, w) grid that are drawn
 PAIRS = 1 << 26  # query-key pairs looked at for the map of keys per query, about a second's work
-COLORS = ("#f1f1ee", "#2a78b8", "#e0532f")  # not seen, seen, the query
+COLORS = ["#f1f1ee", "#2a78b8", "#e0532f"]  # not seen, seen, the query
 
 
 def draw(

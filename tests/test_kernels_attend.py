@@ -1,7 +1,5 @@
 """Properties of attend that hold for any backend, and the errors of the call."""
 
-import doctest
-import importlib
 import itertools
 import math
 
@@ -222,12 +220,3 @@ REFUSED = [
 def test_refusals_say_what_was_got_and_what_is_allowed(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
-
-
-PATTERNS = ("base", "block_list", "dense", "neighborhood", "radial", "sliding_tile", "window")
-
-
-@pytest.mark.parametrize("name", ["attend", "explain", *(f"patterns.{name}" for name in PATTERNS)])
-def test_examples_in_docstrings(name):
-    failed, tried = doctest.testmod(importlib.import_module(f"vision_attn.kernels.{name}"))
-    assert tried and not failed

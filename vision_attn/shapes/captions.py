@@ -8,7 +8,7 @@ WORDS = ("a", "and", "moves", *SIZES, *COLORS, *SHAPES, *DIRECTIONS)
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Say what a scene shows. Sizes are named only with `rng`, for about a third of the small and big things.
+    """Say what a scene shows. Sizes are named only with `rng`, for about half of the small and big things.
 
     Example:
         >>> from vision_attn.shapes import Scene, Thing, caption
