@@ -106,22 +106,34 @@ def _group(axis: Axis, first: int, stop: int) -> Axis:
 
 @functools.lru_cache(maxsize=256)
 def best_bound(
-    pattern: Separable, grid: tuple[int, ...], size: int = 64
+    pattern: Separable, grid: tuple[int, ...], queries: int = 64, keys: int = 64, aligned: bool = False
 ) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """The largest `bound` over tiles of `size` queries and `size` keys with power-of-two sides: bound, query tile, key
-    tile."""
+    """The largest `bound` over tiles of `queries` and of `keys` tokens with power-of-two sides: bound, query tile, key
+    tile.
+
+    Of equal ones the pair of shapes with the most full tiles.
+    """
+    groups = [
+        [_group(axis, first, stop) for first, stop in itertools.pairwise(axis.groups)] for axis in pattern.axes(grid)
+    ]
+
+    @functools.cache
+    def count(index: int, tq: int, tk: int) -> tuple[int, int]:
+        total, full = zip(*(visits(group, tq, tk, aligned) for group in groups[index]), strict=True)
+        return sum(total), sum(full)
+
+    def cost(tiles: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, int]:
+        counts = [count(index, tq, tk) for index, (tq, tk) in enumerate(zip(*tiles, strict=True))]
+        return math.prod(c[0] for c in counts), -math.prod(c[1] for c in counts)
+
+    best = min(itertools.product(_boxes(queries, len(grid)), _boxes(keys, len(grid))), key=cost)
+    return math.prod(grid) ** 2 / (cost(best)[0] * queries * keys), *best
+
+
+def _boxes(size: int, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of `size` tokens with power-of-two sides."""
     powers = [2**i for i in range(size.bit_length())]
-    shapes = [s for s in itertools.product(powers, repeat=len(grid)) if math.prod(s) == size]
-    axes = pattern.axes(grid)
-    count = functools.lru_cache(maxsize=None)(
-        lambda i, tq, tk: sum(
-            visits(_group(axes[i], first, stop), tq, tk)[0] for first, stop in itertools.pairwise(axes[i].groups)
-        )
-    )
-    total, tq, tk = min(
-        (math.prod(count(i, q[i], k[i]) for i in range(len(grid))), q, k) for q in shapes for k in shapes
-    )
-    return math.prod(grid) ** 2 / (total * size * size), tq, tk
+    return [shape for shape in itertools.product(powers, repeat=rank) if math.prod(shape) == size]
 
 
 def tile_maps(axis: Axis, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +148,8 @@ def tile_maps(axis: Axis, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 @functools.lru_cache(maxsize=256)
 def aligned_tile(pattern: Separable, grid: tuple[int, ...], size: int) -> tuple[int, ...]:
     """The box of `size` tokens with power-of-two sides that, as query and key tile in one, makes the fewest visits."""
-    powers = [2**i for i in range(size.bit_length())]
-    shapes = [s for s in itertools.product(powers, repeat=len(grid)) if math.prod(s) == size]
     axes = pattern.axes(grid)
-    return min(shapes, key=lambda s: math.prod(visits(a, t, t, aligned=True)[0] for a, t in zip(axes, s, strict=True)))
+    return min(
+        _boxes(size, len(grid)),
+        key=lambda s: math.prod(visits(a, t, t, aligned=True)[0] for a, t in zip(axes, s, strict=True)),
+    )
