@@ -77,9 +77,10 @@ def visits(axis: Axis, queries: int, keys: int, aligned: bool = False) -> tuple[
         last = min(first + queries, axis.extent) - 1
         lo, hi = axis.lo[first], axis.hi[last]
         start = lo // keys * keys if aligned else lo
-        for y in range(start, hi, keys):
-            total += 1
-            full += axis.lo[last] <= y and y + keys <= axis.hi[first]
+        boxes = max(-(-(hi - start) // keys), 0)
+        total += boxes
+        # box r, from start + r * keys on, is full when it starts at lo[last] or later and stops by hi[first]
+        full += max(min((axis.hi[first] - start) // keys, boxes) - max(-(-(axis.lo[last] - start) // keys), 0), 0)
     return total, full
 
 
