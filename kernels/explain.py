@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .backends import BACKENDS, choose, refuse
-from .patterns import Pattern, Separable
-from .problem import DTYPES, Problem
+from .patterns import Pattern, PerHead, Separable
+from .problem import DTYPES, Problem, check_bias, check_heads
 from .tiles import best_bound
 
 
@@ -29,7 +29,7 @@ class Explanation:
 
     `density` is the share of allowed query-key pairs, `bound` the most that leaving out the others can gain (1 /
     density), and `tile_bound` the most that a kernel can gain that works in the best tiles of 64 queries and 64 keys,
-    `tiles`.
+    `tiles`. A PerHead pattern has one explanation per part, in `parts`, and no backends of its own.
     """
 
     problem: Problem
@@ -38,10 +38,13 @@ class Explanation:
     bound: float
     tile_bound: float
     tiles: str
+    parts: tuple[Explanation, ...] = ()
 
     @property
     def used(self) -> str:
-        """The backend that `attend` would use."""
+        """The backend that `attend` would use; of several parts, their backends."""
+        if self.parts:
+            return ", ".join(dict.fromkeys(part.used for part in self.parts))
         return next(v.backend for v in self.backends if v.status == "used")
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,7 +56,8 @@ class Explanation:
         }
         numbers = {name: getattr(self, name) for name in ("density", "bound", "tile_bound", "tiles", "used")}
         numbers = {n: None if isinstance(x, float) and math.isinf(x) else x for n, x in numbers.items()}
-        return {"problem": problem, "backends": [dataclasses.asdict(v) for v in self.backends], **numbers}
+        parts = {"parts": [part.to_dict() for part in self.parts]} if self.parts else {}
+        return {"problem": problem, "backends": [dataclasses.asdict(v) for v in self.backends], **numbers, **parts}
 
     def __str__(self) -> str:
         p = self.problem
@@ -65,6 +69,7 @@ class Explanation:
             + (", backward" if p.needs_grad else ""),
             f"density {self.density:.1%}: at most {self.bound:.3g} times faster than dense, "
             f"{self.tile_bound:.3g} with {self.tiles}",
+            *(str(part) for part in self.parts),
         ]
         lines += [f"  {v.backend:<10} {v.status:<8} {'; '.join(v.reasons)}".rstrip() for v in self.backends]
         return "\n".join(lines)
@@ -85,6 +90,7 @@ def explain(
     device: str | torch.device = "cpu",
     extra: int = 0,
     extra_mask: bool = False,
+    bias: bool = False,
     return_lse: bool = False,
     needs_grad: bool = False,
     backend: str | None = None,
@@ -96,6 +102,7 @@ def explain(
         grid: sizes in tokens, one to three axes.
         batch, heads, kv_heads, head_dim, value_dim, dtype, device: sizes as in `attend`; no tensor is made.
         extra: number of extra KV tokens; `extra_mask` says whether they come with a mask.
+        bias: whether the call has one.
         return_lse, needs_grad: what is asked of the call.
         backend: ask for this one; raises ValueError with the reasons when it cannot.
 
@@ -113,10 +120,22 @@ def explain(
         raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, DTYPES))}")
     grid = tuple(grid)
     pattern.check(grid)
-    problem = Problem(
-        pattern, grid, batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, dtype,
-        torch.device(device).type, extra, extra_mask, return_lse, needs_grad,
-    )  # fmt: skip
+    device = torch.device(device).type
+    kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
+    rest = (head_dim, value_dim, dtype, device, extra, extra_mask, bias, return_lse, needs_grad)
+    problem = Problem(pattern, grid, batch, heads, kv_heads, *rest)
+    if isinstance(pattern, PerHead):
+        check_heads(pattern, heads, kv_heads, bias)
+        names = [f.name for f in dataclasses.fields(Problem)][5:-1]
+        options = dict(zip(names, rest, strict=True)) | {"batch": batch, "backend": backend}
+        parts = tuple(
+            explain(part, grid, heads=n, kv_heads=n * kv_heads // heads, **options) for n, part in pattern.parts
+        )
+        density = pattern.density(grid)
+        tile_bound = heads / sum(part.problem.heads / part.tile_bound for part in parts)
+        return Explanation(problem, (), density, 1 / density if density else math.inf, tile_bound, "the best tiles of every part", parts)
+    if bias:
+        check_bias(pattern, grid, heads)
     used = choose(problem, backend)
     verdicts = []
     for name, module in BACKENDS.items():

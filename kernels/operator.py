@@ -18,9 +18,9 @@ from .patterns import PATTERNS, BlockList, Pattern
 from .problem import Problem, describe, resolve_scale
 
 
-def attend_in_graph(q, k, v, pattern, scale, extra_kv, extra_mask, return_lse, backend):
+def attend_in_graph(q, k, v, pattern, scale, extra_kv, extra_mask, bias, return_lse, backend):
     extra_key, extra_value = (None, None) if extra_kv is None else extra_kv
-    inputs = (q, k, v, extra_key, extra_value)
+    inputs = (q, k, v, extra_key, extra_value, bias)
     needs_grad = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
     options = (pattern.spell(), scale, bool(return_lse), backend, needs_grad)
     out, lse = torch.ops.vision_attn.attend(*inputs, extra_mask, pattern.tensors(), *options)
@@ -41,13 +41,16 @@ def _pattern(text: str, tensors: list[Tensor]) -> Pattern:
     return BlockList(options["block"], *tensors, within=within)
 
 
-def _problem(q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad):
+def _problem(
+    q, k, v, extra_key, extra_value, bias, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad
+):
     extra_kv = None if extra_key is None else (extra_key, extra_value)
-    known = describe(q, k, v, _pattern(pattern, tensors), scale, extra_kv, extra_mask, return_lse)
+    known = describe(q, k, v, _pattern(pattern, tensors), scale, extra_kv, extra_mask, bias, return_lse)
     problem = Problem(**(known.__dict__ | {"needs_grad": needs_grad, "in_graph": True}))
     if not problem.extra:
         extra_kv = extra_mask = None
-    return problem, BACKENDS[choose(problem, backend)], (q, k, v, resolve_scale(problem, scale), extra_kv, extra_mask)
+    call = q, k, v, resolve_scale(problem, scale), extra_kv, extra_mask, bias
+    return problem, BACKENDS[choose(problem, backend)], call
 
 
 @torch.library.custom_op("vision_attn::attend", mutates_args=())
@@ -57,6 +60,7 @@ def _attend(
     v: Tensor,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    bias: Tensor | None,
     extra_mask: Tensor | None,
     tensors: List[Tensor],  # noqa: UP006
     pattern: str,
@@ -66,7 +70,7 @@ def _attend(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     problem, module, call = _problem(
-        q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad
+        q, k, v, extra_key, extra_value, bias, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad
     )
     out, lse = module.run(problem, *call)
     return out.contiguous(), _empty_lse(q, return_lse) if lse is None or not return_lse else lse.contiguous()
@@ -78,7 +82,7 @@ def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
 
 
 @_attend.register_fake
-def _(q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad):
+def _(q, k, v, extra_key, extra_value, bias, extra_mask, tensors, pattern, scale, return_lse, backend, needs_grad):
     return q.new_empty(*q.shape[:-1], v.shape[-1]), _empty_lse(q, return_lse)
 
 
@@ -86,11 +90,14 @@ def _(q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, retu
 def _attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    bias: Tensor | None,
     extra_mask: Tensor | None,
     tensors: List[Tensor],  # noqa: UP006
     pattern: str,
@@ -99,28 +106,32 @@ def _attend_backward(
     backend: str | None,
 ) -> List[Tensor]:  # noqa: UP006
     problem, module, call = _problem(
-        q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend, True
+        q, k, v, extra_key, extra_value, bias, extra_mask, tensors, pattern, scale, return_lse, backend, True
     )
-    grads = module.backward(problem, *call, grad_out, grad_lse)
-    return [g.contiguous() for g in grads[: 3 if extra_key is None else 5]]
+    inputs = (q, k, v, extra_key, extra_value, bias)
+    if not q.numel():
+        return [torch.zeros_like(t) for t in inputs if t is not None]
+    grads = module.backward(problem, *call, out, lse if return_lse else None, grad_out, grad_lse)
+    zeros = (None if t is None else torch.zeros_like(t) for t in inputs)  # of extra tokens that are none
+    return [(z if g is None else g).contiguous() for g, z in zip(grads, zeros, strict=True) if z is not None]
 
 
 @_attend_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, extra_key, extra_value, extra_mask, tensors, pattern, scale, return_lse, backend):
-    inputs = [q, k, v] + ([] if extra_key is None else [extra_key, extra_value])
-    return [t.new_empty(t.shape) for t in inputs]
+def _(grad_out, grad_lse, out, lse, q, k, v, extra_key, extra_value, bias, *rest):
+    return [t.new_empty(t.shape) for t in (q, k, v, extra_key, extra_value, bias) if t is not None]
 
 
 def _save(ctx, inputs, output):
     *head, tensors, pattern, scale, return_lse, backend, _ = inputs
-    ctx.save_for_backward(*head, *tensors)
+    ctx.save_for_backward(*output, *head, *tensors)
     ctx.options = (pattern, scale, return_lse, backend)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    head, tensors = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
-    grads = torch.ops.vision_attn.attend_backward(grad_out, grad_lse, *head, tensors, *ctx.options)
-    grads = [*grads, None, None][:5]
+    saved = ctx.saved_tensors
+    result, head, tensors = saved[:2], saved[2:9], list(saved[9:])
+    grads = iter(torch.ops.vision_attn.attend_backward(grad_out, grad_lse, *result, *head, tensors, *ctx.options))
+    grads = [None if t is None else next(grads) for t in head[:6]]
     return *grads, None, [None] * len(tensors), None, None, None, None, None
 
 

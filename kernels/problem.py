@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .patterns import BlockList, Pattern
+from .patterns import BlockList, Pattern, PerHead
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -32,6 +32,7 @@ class Problem:
     device: str = "cpu"
     extra: int = 0
     extra_mask: bool = False
+    bias: bool = False
     return_lse: bool = False
     needs_grad: bool = False
     in_graph: bool = False
@@ -49,6 +50,7 @@ def describe(
     scale: float | None,
     extra_kv: tuple[torch.Tensor, torch.Tensor] | None,
     extra_mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     return_lse: bool,
 ) -> Problem:
     """Check the arguments of `attend` and describe them. Raises TypeError and ValueError with what was got and what is
@@ -60,6 +62,8 @@ def describe(
         if not isinstance(extra_kv, (tuple, list)) or len(extra_kv) != 2:
             raise TypeError("extra_kv must be a pair (keys, values); give both, or None")
         tensors |= {"extra keys": extra_kv[0], "extra values": extra_kv[1]}
+    if bias is not None:
+        tensors["bias"] = bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -113,10 +117,12 @@ def describe(
     check_scale(scale)
     pattern.check(grid)
     check_lead(pattern, batch, heads)
+    if bias is not None:
+        check_bias(pattern, grid, heads, tuple(bias.shape))
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     return Problem(
         pattern, grid, batch, heads, kv_heads, head_dim, value_dim, q.dtype, q.device.type,
-        extra, extra_mask is not None, bool(return_lse), needs_grad,
+        extra, extra_mask is not None, bias is not None, bool(return_lse), needs_grad,
     )  # fmt: skip
 
 
@@ -125,6 +131,26 @@ def check_lead(pattern: Pattern, batch: int, heads: int) -> None:
     for have, want, what in zip(reversed(lead), (heads, batch), ("heads of q", "batch"), strict=False):
         if have not in (1, want):
             raise ValueError(f"BlockList has lists for {have} {what}, but there are {want}; allowed: 1 or {want}")
+
+
+def check_bias(pattern: Pattern, grid: tuple[int, ...], heads: int, shape: tuple[int, ...] | None = None) -> None:
+    want = pattern.bias_shape(grid, heads)
+    if want is None:
+        raise ValueError(f"{type(pattern).__name__} takes no bias; Neighborhood, Window and BlockList do")
+    if shape not in (None, want):
+        raise ValueError(f"bias must be {list(want)} for {type(pattern).__name__} on this grid; got {list(shape)}")
+
+
+def check_heads(pattern: PerHead, heads: int, kv_heads: int, bias: bool) -> None:
+    if heads != pattern.heads:
+        raise ValueError(f"PerHead has patterns for {pattern.heads} heads, but q has {heads}")
+    if any(count % (heads // kv_heads) for count, _ in pattern.parts):
+        raise ValueError(
+            f"PerHead counts {[count for count, _ in pattern.parts]} must be multiples of the {heads // kv_heads} "
+            "query heads that share a KV head; repeat the KV heads to split finer"
+        )
+    if bias:
+        raise ValueError("PerHead takes no bias; call attend for each part")
 
 
 def resolve_scale(problem: Problem, scale: float | None) -> float:

@@ -97,13 +97,18 @@ class Case:
         extra = pick.choice((0, 0, 1, 5))
         if extra:
             leaves += [leaf(kv_heads, head_dim, extra), leaf(kv_heads, value_dim, extra)]
+        shape = pattern.bias_shape(grid, kv_heads * group)
+        biased = shape is not None and pick.random() < 0.3
+        if biased:
+            leaves.append((torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), "plain"))
         visible = torch.rand(batch, extra, generator=generator) < 0.6 if extra and pick.random() < 0.5 else None
         shape = (batch, *grid, kv_heads * group)
         weights = [
             torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in ((*shape, value_dim), shape)
         ]
         options = {"scale": pick.choice((None, 0.3)), "extra_mask": visible, "return_lse": pick.random() < 0.5}
-        return dict(pattern=pattern, batch=batch, leaves=leaves, weights=weights, options=options, dtype=dtype)
+        parts = dict(pattern=pattern, batch=batch, leaves=leaves, weights=weights, options=options)
+        return parts | dict(dtype=dtype, biased=biased)
 
     def inputs(self, dtype: torch.dtype | None = None) -> tuple[list[torch.Tensor], dict[str, Any]]:
         """Leaves that require gradients, and the arguments of `attend` made from them."""
@@ -118,7 +123,8 @@ class Case:
             }.get(view, lambda t: t)
             views.append(view(leaf))
         call = dict(zip("qkv", views, strict=False)) | {"pattern": parts["pattern"]} | parts["options"]
-        return leaves, call | {"extra_kv": tuple(views[3:]) or None}
+        bias = views.pop() if parts["biased"] else None
+        return leaves, call | {"extra_kv": tuple(views[3:]) or None, "bias": bias}
 
     def run(self, function, dtype: torch.dtype | None = None, grad: bool = True) -> list[torch.Tensor]:
         """Output, lse if asked for, and the gradient of every leaf for fixed random weights on both."""
@@ -151,12 +157,7 @@ class Case:
         """Why `backend` cannot do this case."""
         _, call = self.inputs()
         with torch.set_grad_enabled(grad):
-            return refuse(
-                backend,
-                describe(
-                    *(call[n] for n in ("q", "k", "v", "pattern", "scale", "extra_kv", "extra_mask", "return_lse"))
-                ),
-            )
+            return refuse(backend, describe(**prepared(**call)))
 
     def compare(self, backend: str) -> int:
         """Compare a backend with the truth, with gradients if it has them; raises AssertionError, returns the tensors
@@ -190,21 +191,35 @@ def largest(tensor: torch.Tensor) -> float:
     return tensor.masked_fill(tensor.isinf(), 0).abs().amax().item() if tensor.numel() else 0.0
 
 
-def plain_attention(q, k, v, pattern, scale=None, extra_kv=None, extra_mask=None, return_lse=False):
+def prepared(k, v, pattern, extra_kv, extra_mask, **rest) -> dict[str, Any]:
+    """The arguments of a call after what the pattern does to keys and values."""
+    k, v, extra_kv, extra_mask = pattern.prepare(k, v, extra_kv, extra_mask)
+    return dict(k=k, v=v, pattern=pattern, extra_kv=extra_kv, extra_mask=extra_mask, **rest)
+
+
+def plain_attention(**call):
     """What one would write without this package: everything in the dtype of the inputs, a dense mask, a softmax."""
-    grid, scale = tuple(q.shape[1:-2]), q.shape[-1] ** -0.5 if scale is None else scale
-    mask = pattern.mask(grid).expand(q.shape[0], 1, -1, -1)
+    call = prepared(**call)
+    q, k, v, pattern, extra_kv, extra_mask = (call[n] for n in ("q", "k", "v", "pattern", "extra_kv", "extra_mask"))
+    grid, scale = tuple(q.shape[1:-2]), q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
+    tokens, group = math.prod(grid), q.shape[-2] // k.shape[-2]
+    mask = pattern.mask(grid).expand(q.shape[0], 1, -1, -1) if pattern.mask(grid).ndim < 4 else pattern.mask(grid)
     key, value = k.flatten(1, -3), v.flatten(1, -3)
     if extra_kv is not None:
         key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
         visible = mask.new_ones(extra_kv[0].shape[:2]) if extra_mask is None else extra_mask
-        mask = torch.cat([mask, visible[:, None, None].expand(-1, 1, mask.shape[2], -1)], -1)
-    group = q.shape[-2] // k.shape[-2]
+        visible = visible[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        mask = torch.cat([mask.expand(len(visible), -1, -1, -1), visible], -1)
     key, value = (t.repeat_interleave(group, 2).movedim(2, 1) for t in (key, value))
     scores = (q.flatten(1, -3).movedim(2, 1) * scale) @ key.transpose(-1, -2)
+    on_grid, off_grid = scores[..., :tokens], scores[..., tokens:]
+    rule, token = pattern.score_rule(grid), torch.arange(tokens)
+    on_grid = on_grid if rule is None else rule(on_grid, token[:, None], token)
+    on_grid = on_grid if call["bias"] is None else on_grid + pattern.spread_bias(call["bias"], grid)
+    scores = torch.cat([on_grid, off_grid], -1)
     some = mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~mask & some, float("-inf"))
     out = (scores.softmax(-1) @ value) * some
     lse = scores.logsumexp(-1).masked_fill(~some.squeeze(-1), float("-inf"))
     out, lse = out.movedim(1, 2).reshape(*q.shape[:-1], -1), lse.movedim(1, 2).reshape(q.shape[:-1])
-    return (out, lse) if return_lse else out
+    return (out, lse) if call["return_lse"] else out

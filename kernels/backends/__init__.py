@@ -4,8 +4,10 @@ A backend is a module with
 - `limits(problem) -> list[str]`: every reason, from the problem alone, why it cannot do it;
 - `missing(device) -> list[str]`: what this machine lacks to run it on a device type such as "cuda";
 - `by_name_only(problem) -> str | None`: why it is not picked on its own;
-- `run(problem, q, k, v, scale, extra_kv, extra_mask) -> (out, lse)`, with lse None unless `problem.return_lse`;
-- `backward(...)`, optional: gradients without autograd, which lets it train inside compiled graphs.
+- `run(problem, q, k, v, scale, extra_kv, extra_mask, bias) -> (out, lse)`, lse None unless `problem.return_lse`;
+- `backward(problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse)`, optional: gradients of
+  q, k, v, the extra keys and values, and the bias (None where there is no such input) without autograd, which lets it
+  train inside compiled graphs. `lse` is None unless the problem returns it.
 
 Backends do not import each other and never change the result.
 """
@@ -13,10 +15,17 @@ Backends do not import each other and never change the result.
 from types import ModuleType
 
 from ..problem import Problem
-from . import flex, natten, reference, tiled
+from . import cpu, flex, natten, reference, tiled, triton
 
 # In the order of preference: the first that can do a problem, and does not wait to be asked by name, is used.
-BACKENDS: dict[str, ModuleType] = {"natten": natten, "flex": flex, "tiled": tiled, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "natten": natten,
+    "triton": triton,
+    "flex": flex,
+    "cpu": cpu,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 def refuse(name: str, problem: Problem) -> list[str]:

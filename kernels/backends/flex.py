@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..patterns import Blocked, Dense, Pattern, Separable
-from ..patterns.base import Predicate
+from ..patterns.base import Predicate, ScoreRule
 from ..patterns.blocks import lists_from_map, map_from_lists
 from ..problem import Problem
 from ..tiles import aligned_tile, tile_maps
@@ -51,6 +51,8 @@ def limits(problem: Problem) -> list[str]:
         reasons.append("no gradients on a CPU")
     if problem.device == "cpu" and problem.return_lse:
         reasons.append("no lse on a CPU")
+    if problem.bias:
+        reasons.append("no bias")
     if isinstance(problem.pattern, Blocked) and any(b % 16 for b in problem.pattern.lists(problem.grid).block):
         reasons.append("blocks must be multiples of 16 tokens")
     return reasons
@@ -66,7 +68,7 @@ def by_name_only(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
+def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):
     layout = _layout(problem.pattern, problem.grid, problem.extra, q.device)
     query, key, value = (t.flatten(1, -3) for t in (q, k, v))
     if layout.order is not None:
@@ -77,7 +79,7 @@ def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
     mask = layout.plain if extra_mask is None else layout.block_mask(extra_mask)
     group = problem.heads != problem.kv_heads
     inputs = (t.transpose(1, 2) for t in (query, key, value))
-    out = _compiled(problem, q.device)(*inputs, mask, scale, group, problem.return_lse)
+    out = _compiled(problem, q.device)(*inputs, layout.rule, mask, scale, group, problem.return_lse)
     out, lse = (t.transpose(1, 2) for t in out) if problem.return_lse else (out.transpose(1, 2), None)
     if layout.places is not None:
         out, lse = (None if t is None else t.index_select(1, layout.places) for t in (out, lse))
@@ -95,13 +97,11 @@ def _compiled(problem: Problem, device: torch.device):
     return torch.compile(types.FunctionType(code, globals()), dynamic=False, fullgraph=True)
 
 
-def _call(query, key, value, block_mask, scale, enable_gqa, return_lse):
+def _call(query, key, value, rule, block_mask, scale, enable_gqa, return_lse):
     if not return_lse:
-        return flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa)
-    if not hasattr(flex, "AuxRequest"):  # before torch 2.9
-        return flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa, True)
+        return flex.flex_attention(query, key, value, rule, block_mask, scale, enable_gqa)
     aux = flex.AuxRequest(lse=True)
-    out, aux = flex.flex_attention(query, key, value, None, block_mask, scale, enable_gqa, return_aux=aux)
+    out, aux = flex.flex_attention(query, key, value, rule, block_mask, scale, enable_gqa, return_aux=aux)
     return out, aux.lse
 
 
@@ -112,7 +112,7 @@ class _Layout:
     `order` holds the grid token at each place of the sequence (padding repeats token 0) and `places` the place of each
     grid token; both None when nothing moves. `allowed(query place, key place)` decides inside blocks that are not full.
     `visited` and `full` are bool `[*lead, query blocks, key blocks]`. In front of the keys stand `extra` tokens and
-    padding up to `start`.
+    padding up to `start`. `change` is the score rule of the pattern, of tokens that keep their order.
     """
 
     order: torch.Tensor | None
@@ -123,6 +123,20 @@ class _Layout:
     block: tuple[int, int]
     length: int
     extra: int
+    change: ScoreRule | None = None
+
+    @functools.cached_property
+    def rule(self):
+        """The score rule as FlexAttention wants it; None when scores stay as they are."""
+        change, start, last = self.change, self.start, self.length - 1
+        if change is None:
+            return None
+
+        def score_mod(score, batch, head, query, key):
+            changed = change(score, query.clamp(max=last), (key - start).clamp(0, last))
+            return torch.where(key < start, score, changed)
+
+        return score_mod
 
     @property
     def start(self) -> int:
@@ -181,16 +195,19 @@ def _boxes(pattern: Separable, grid: tuple[int, ...], extra: int, device: torch.
         token = token + (order * math.prod(grid[index + 1 :])).view(shape)
         real = real & ~padding.view(shape)
     token, real = token.flatten(), real.flatten()
+    at, inside = token.to(device), pattern.inside(grid, device)
     places = torch.empty(math.prod(grid), dtype=torch.long)
     places[token[real]] = real.nonzero().squeeze(1)
 
     def allowed(query, key):
         tests = [(lo[query] <= position[key]) & (position[key] < hi[query]) for lo, hi, position in tables]
+        tests += [] if inside is None else [inside(at[query], at[key])]
         return functools.reduce(torch.logical_and, tests)
 
     visited, full = (
         functools.reduce(_product, maps_of_one_kind).to(device) for maps_of_one_kind in zip(*maps, strict=True)
     )
+    full = full if inside is None else torch.zeros_like(full)
     order = token.where(real, 0).to(device)
     return _Layout(order, places.to(device), allowed, visited, full, (size, size), len(order), extra)
 
@@ -209,4 +226,5 @@ def _in_order(pattern: Blocked, grid: tuple[int, ...], extra: int, device: torch
     def allowed(query, key):
         return predicate(query.clamp(max=tokens - 1), key.clamp(max=tokens - 1)) & (key < tokens)
 
-    return _Layout(None, None, allowed, visited, full, lists.block, tokens, extra)
+    rule = pattern.score_rule(grid, device)
+    return _Layout(None, None, allowed, visited, full, lists.block, tokens, extra, rule)

@@ -43,6 +43,8 @@ def limits(problem: Problem) -> list[str]:
         reasons.append("no float64")
     if problem.value_dim != problem.head_dim:
         reasons.append("value_dim must equal head_dim")
+    if problem.bias:
+        reasons.append("no bias")
     if problem.extra_mask:
         reasons.append("no mask over extra tokens")
     if problem.device == "cpu":
@@ -64,7 +66,7 @@ def by_name_only(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
+def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):
     from natten.functional import neighborhood_attention_generic
 
     window, stride, dilation, causal = (

@@ -39,29 +39,41 @@ def by_name_only(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None):
+def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):
     if _is_sdpa(problem):
         return _dense(q, *_flat(k, v, extra_kv), scale), None
     chunks, options = _plan(problem, q.device, scale)
-    out, lse = attend_chunks(q.flatten(1, -3), *_flat(k, v, extra_kv), extra_mask, chunks, options)
+    inputs = q.flatten(1, -3), *_flat(k, v, extra_kv), _flat_bias(problem, bias)
+    out, lse = attend_chunks(*inputs, extra_mask, chunks, options)
     return out.view(*q.shape[:-1], -1), None if lse is None else lse.view(q.shape[:-1])
 
 
-def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, grad_out, grad_lse) -> list[torch.Tensor]:
-    """Gradients of q, k, v and the extra keys and values, without autograd; for the operator of compiled graphs."""
+def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse):
+    """Gradients of q, k, v, the extra keys and values, and the bias, None where there is no such input; without
+    autograd, for the operator of compiled graphs."""
     key, value = _flat(k, v, extra_kv)
     if _is_sdpa(problem):
-        grads = torch.func.vjp(lambda *qkv: _dense(*qkv, scale), q, key, value)[1](grad_out)
+        by_query, *by_key = torch.func.vjp(lambda *qkv: _dense(*qkv, scale), q, key, value)[1](grad_out)
+        by_bias = None
     else:
         chunks, options = _plan(problem, q.device, scale)
         outer = grad_out.flatten(1, -3), grad_lse.flatten(1, -2) if options.lse else grad_lse
-        grads = gradients(q.flatten(1, -3), key, value, extra_mask, chunks, options, *outer)
-    by_extra = [g[:, problem.tokens :].contiguous() for g in grads[1:]]
+        inputs = q.flatten(1, -3), key, value, _flat_bias(problem, bias)
+        by_query, *by_key, by_bias = gradients(*inputs, extra_mask, chunks, options, *outer)
     return [
-        grads[0].view(q.shape),
-        *(g[:, : problem.tokens].reshape(t.shape) for g, t in zip(grads[1:], (k, v), strict=False)),
-        *by_extra,
+        by_query.view(q.shape),
+        *(g[:, : problem.tokens].reshape(t.shape) for g, t in zip(by_key, (k, v), strict=True)),
+        *(None if extra_kv is None else g[:, problem.tokens :] for g in by_key),
+        None if bias is None else by_bias.view(bias.shape),
     ]
+
+
+def _flat_bias(problem: Problem, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`[batch or 1, heads or 1, entries]`."""
+    if bias is None:
+        return None
+    lead = (1, bias.shape[0]) if isinstance(problem.pattern, Separable) else (1, 1, *bias.shape[:-2])[-2:]
+    return bias.reshape(*lead, -1)
 
 
 def _flat(k, v, extra_kv) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +96,8 @@ def _dense(q, key, value, scale):
 
 def _plan(problem: Problem, device: torch.device, scale: float):
     may_be_empty = isinstance(problem.pattern, BlockList)
-    options = Options(scale, problem.extra, problem.return_lse, may_be_empty)
+    rule = problem.pattern.score_rule(problem.grid, device)
+    options = Options(scale, problem.extra, problem.return_lse, rule, may_be_empty)
     return functools.partial(_chunks, problem, device), options
 
 
@@ -100,7 +113,7 @@ def _kept(problem: Problem, device: torch.device) -> list[Chunk] | None:
     chunks, size = [], 0
     for chunk in _make(problem, device):
         chunks.append(chunk)
-        size += sum(0 if t is None else t.nbytes for t in (chunk.query, chunk.key, chunk.allowed))
+        size += sum(0 if t is None else t.nbytes for t in (chunk.query, chunk.key, chunk.allowed, chunk.bias))
         if size > KEPT_BYTES:
             return None
     return chunks
@@ -118,7 +131,7 @@ def _whole(problem: Problem, device: torch.device) -> Iterator[Chunk]:
     token = torch.arange(problem.tokens, device=device)[None]
     allowed = problem.pattern.mask(problem.grid, device)[None]
     for part in _Room(problem, problem.tokens, problem.tokens).parts():
-        yield Chunk(token, token, allowed, *part)
+        yield Chunk(token, token, allowed, None, *part)
 
 
 class _Room:
@@ -131,7 +144,8 @@ class _Room:
         self.group = problem.heads // problem.kv_heads
         keys += problem.extra
         floats = keys * (problem.head_dim + problem.value_dim) + queries * self.group * problem.head_dim
-        floats += 2 * self.group * queries * keys if problem.return_lse else 0
+        scores = problem.return_lse or problem.bias or problem.pattern.score_rule(problem.grid) is not None
+        floats += 2 * self.group * queries * keys if scores else 0
         floats *= 3 if problem.needs_grad else 1  # the gradients of a chunk are as large as the chunk
         units = max(CHUNK_BYTES // (max(problem.dtype.itemsize, 4) * floats), 1)
         self.batch = batch or range(problem.batch)
@@ -160,18 +174,22 @@ class _Side:
     """Tiles of one axis that have the same numbers of queries and keys.
 
     `query` `[tiles, t]` and `key` `[tiles, u]` are coordinates times the step of the axis in the flattened grid;
-    `allowed` is bool `[tiles or 1, t, u]`.
+    `allowed` is bool `[tiles or 1, t, u]`; `apart`, of the same shape, is how far the key is from the query, from 0 to
+    `span - 1` where it is in reach, for patterns that take a bias.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     allowed: torch.Tensor
+    apart: torch.Tensor
+    span: int
 
 
 @functools.lru_cache(maxsize=64)
 def _sides(pattern: Separable, grid: tuple[int, ...], device: torch.device) -> list[list[_Side]]:
-    out = []
+    out, reach = [], pattern.reach(len(grid)) or (1,) * len(grid)
     for index, (axis, side) in enumerate(zip(pattern.axes(grid), tile_sides(pattern, grid), strict=True)):
+        span = 2 * reach[index] - 1
         step = math.prod(grid[index + 1 :])
         alike: dict[tuple[int, int], list] = {}
         for first, stop, low, high in cut(axis, side):
@@ -183,29 +201,41 @@ def _sides(pattern: Separable, grid: tuple[int, ...], device: torch.device) -> l
             query = first[:, None] + torch.arange(queries, device=device)
             key = low[:, None] + torch.arange(keys, device=device)
             allowed = (lo[query][..., None] <= key[:, None]) & (key[:, None] < hi[query][..., None])
-            allowed = allowed[:1] if bool((allowed == allowed[:1]).all()) else allowed
-            sides.append(_Side(order[query] * step, order[key] * step, allowed))
+            apart = (key[:, None] - query[..., None] + reach[index] - 1).clamp(0, span - 1)
+            allowed, apart = (t[:1] if bool((t == t[:1]).all()) else t for t in (allowed, apart))
+            sides.append(_Side(order[query] * step, order[key] * step, allowed, apart, span))
         out.append(sides)
     return out
 
 
 def _boxes(problem: Problem, device: torch.device) -> Iterator[Chunk]:
     """Chunks of a separable pattern: boxes of queries, with the box of all keys that any of them sees."""
+    inside = problem.pattern.inside(problem.grid, device)
     for sides in itertools.product(*_sides(problem.pattern, problem.grid, device)):
         tiles = [len(side.query) for side in sides]
         queries, keys = (math.prod(getattr(side, n).shape[1] for side in sides) for n in ("query", "key"))
-        everything = all(bool(side.allowed.all()) for side in sides)
-        shared = all(len(side.allowed) == 1 for side in sides)
-        allowed = None if everything or not shared else _product([side.allowed for side in sides])
+        everything = inside is None and all(bool(side.allowed.all()) for side in sides)
         room, total = _Room(problem, queries, keys), math.prod(tiles)
+        shared: dict[str, torch.Tensor] = {}  # what is the same in all these tiles is made once
+
+        def of_pairs(name: str, at: tuple[torch.Tensor, ...], combine, sides=sides, shared=shared) -> torch.Tensor:
+            parts = [getattr(side, name) for side in sides]
+            if all(len(part) == 1 for part in parts):
+                if name not in shared:
+                    shared[name] = combine(parts)
+                return shared[name]
+            return combine([p if len(p) == 1 else p[i] for p, i in zip(parts, at, strict=True)])
+
         for start in range(0, total, room.rows):
             at = torch.unravel_index(torch.arange(start, min(start + room.rows, total), device=device), tiles)
             query, key = (_sum([getattr(s, n)[i] for s, i in zip(sides, at, strict=False)]) for n in ("query", "key"))
-            if not everything and not shared:
-                pick = [s.allowed if len(s.allowed) == 1 else s.allowed[i] for s, i in zip(sides, at, strict=True)]
-                allowed = _product(pick)
+            allowed = None if everything else of_pairs("allowed", at, _product)
+            if inside is not None:
+                allowed = allowed & inside(query[..., None], key[:, None])
+            spans = [side.span for side in sides]
+            bias = of_pairs("apart", at, functools.partial(_ravel, spans)) if problem.bias else None
             for part in room.parts():
-                yield Chunk(query, key, allowed, *part)
+                yield Chunk(query, key, allowed, bias, *part)
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -213,11 +243,21 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(lambda x, y: (x[:, :, None] + y[:, None]).flatten(1), parts)
 
 
-def _product(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Bool `[rows, q1, k1]`, `[rows, q2, k2]`, ... to `[rows, q1 * q2 * ..., k1 * k2 * ...]` by and."""
+def _pairs(parts: list[torch.Tensor], combine) -> torch.Tensor:
+    """`[rows, q1, k1]`, `[rows, q2, k2]`, ... to `[rows, q1 * q2 * ..., k1 * k2 * ...]`."""
     return functools.reduce(
-        lambda x, y: (x[:, :, None, :, None] & y[:, None, :, None]).flatten(3, 4).flatten(1, 2), parts
+        lambda x, y: combine(x[:, :, None, :, None], y[:, None, :, None]).flatten(3, 4).flatten(1, 2), parts
     )
+
+
+def _product(parts: list[torch.Tensor]) -> torch.Tensor:
+    return _pairs(parts, torch.logical_and)
+
+
+def _ravel(spans: list[int], parts: list[torch.Tensor]) -> torch.Tensor:
+    """Numbers per axis, below `spans`, to one number row-major."""
+    steps = [math.prod(spans[i + 1 :]) for i in range(len(spans))]
+    return _pairs([part * step for part, step in zip(parts, steps, strict=True)], torch.add)
 
 
 def _rows(problem: Problem, device: torch.device) -> Iterator[Chunk]:
@@ -246,8 +286,12 @@ def _rows(problem: Problem, device: torch.device) -> Iterator[Chunk]:
             picked = index[b, h, rows, :width].long(), count[b, h, rows], full[b, h, rows]
             query = rows[:, None] * lists.block[0] + torch.arange(length, device=device)
             key, allowed = _block_keys(problem, lists.block[1], query, *picked, predicate)
+            bias = None
+            if problem.bias:  # one entry per row and slot
+                slot = torch.arange(key.shape[1], device=device) // lists.block[1]
+                bias = (rows[:, None] * index.shape[-1] + slot)[:, None].expand(-1, length, -1)
             for part in room.parts():
-                yield Chunk(query, key, allowed, *part)
+                yield Chunk(query, key, allowed, bias, *part)
 
 
 def _length(problem: Problem, lists: Lists, row: int) -> int:

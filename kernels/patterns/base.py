@@ -12,6 +12,8 @@ import torch
 
 Ints = Union[int, "tuple[int, ...]"]
 Predicate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ScoreRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Tensors = Union["tuple[torch.Tensor, torch.Tensor]", None]
 
 
 class Pattern:
@@ -41,6 +43,28 @@ class Pattern:
 
     def density(self, grid: tuple[int, ...]) -> float:
         """Share of the query-key pairs that are allowed, from 0 to 1."""
+        raise NotImplementedError
+
+    def score_rule(self, grid: tuple[int, ...], device: Any = "cpu") -> ScoreRule | None:
+        """A function of (scaled scores, query token, key token) that gives the scores to use; None leaves them as they
+        are.
+
+        The token numbers are integer tensors that broadcast against the scores. Extra tokens are not touched.
+        """
+        return None
+
+    def prepare(
+        self, k: torch.Tensor, v: torch.Tensor, extra_kv: Tensors, extra_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Tensors, torch.Tensor | None]:
+        """What `attend` does to keys, values and extra tokens before any backend sees them; by default nothing."""
+        return k, v, extra_kv, extra_mask
+
+    def bias_shape(self, grid: tuple[int, ...], heads: int) -> tuple[int, ...] | None:
+        """Shape of the additive bias that `attend` takes with this pattern; None when it takes none."""
+        return None
+
+    def spread_bias(self, bias: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        """The definition of `bias`: what it adds to the scaled scores, `[..., tokens, tokens]`. For small grids."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +135,14 @@ class Axis:
     def extent(self) -> int:
         return len(self.order)
 
+    @functools.cached_property
+    def places(self) -> tuple[int, ...]:
+        """The position of every coordinate: the inverse of `order`."""
+        places = [0] * self.extent
+        for position, coordinate in enumerate(self.order):
+            places[coordinate] = position
+        return tuple(places)
+
 
 class Separable(Pattern):
     """A pattern that is a product over the axes. A subclass gives the axes; everything else follows from them."""
@@ -123,17 +155,39 @@ class Separable(Pattern):
         """Intervals of every axis; checks the grid."""
         return _axes(self, tuple(grid))
 
+    def inside(self, grid: tuple[int, ...], device: Any = "cpu") -> Predicate | None:
+        """A further test on (query token, key token), for shapes that are not quite a product over the axes."""
+        return None
+
+    def reach(self, rank: int) -> tuple[int, ...] | None:
+        """Per axis, one more than the largest distance between a query and a key, in steps of the dilation.
+
+        With it the pattern takes a relative bias `[heads, *(2 * reach - 1)]`, whose entry `key - query + reach - 1` is
+        added to the score. None: it takes no bias.
+        """
+        return None
+
+    def bias_shape(self, grid: tuple[int, ...], heads: int) -> tuple[int, ...] | None:
+        reach = self.reach(len(grid))
+        return None if reach is None else (heads, *(2 * r - 1 for r in reach))
+
+    def spread_bias(self, bias: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        index = torch.zeros(1, 1, dtype=torch.long, device=bias.device)
+        for axis, reach in zip(self.axes(grid), self.reach(len(grid)), strict=True):
+            place = torch.tensor(axis.places, device=bias.device)
+            offset = (place - place[:, None] + reach - 1).clamp(0, 2 * reach - 2)  # out of reach: not allowed anyway
+            index = (index[:, None, :, None] * (2 * reach - 1) + offset[:, None]).flatten(2).flatten(0, 1)
+        return bias.flatten(1)[:, index]
+
     def predicate(self, grid: tuple[int, ...], device: Any = "cpu") -> Predicate:
         tables = []
         for axis in self.axes(grid):
-            place = [0] * axis.extent
-            for position, coordinate in enumerate(axis.order):
-                place[coordinate] = position
-            rows = (place, [axis.lo[p] for p in place], [axis.hi[p] for p in place])
+            rows = (axis.places, [axis.lo[p] for p in axis.places], [axis.hi[p] for p in axis.places])
             tables.append([torch.tensor(row, device=device) for row in rows])
+        inside = self.inside(grid, device)
 
         def allowed(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            seen = None
+            seen = None if inside is None else inside(query, key)
             for (place, lo, hi), extent in zip(reversed(tables), reversed(grid), strict=False):
                 x, y = query % extent, place[key % extent]
                 query, key = query // extent, key // extent

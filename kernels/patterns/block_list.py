@@ -132,6 +132,18 @@ class BlockList(Blocked):
             return lambda query, key: torch.ones_like(query + key, dtype=torch.bool)
         return self.within.predicate(grid, device)
 
+    def bias_shape(self, grid: tuple[int, ...], heads: int) -> tuple[int, ...]:
+        return tuple(self.index.shape)
+
+    def spread_bias(self, bias: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        tokens = math.prod(grid)
+        columns = -(-tokens // self.block[1])
+        listed = torch.arange(self.index.shape[-1], device=bias.device) < self.count[..., None].to(bias.device)
+        column = torch.where(listed, self.index.to(bias.device), columns).long()
+        blocks = bias.new_zeros(*bias.shape[:-1], columns + 1).scatter(-1, column, bias)[..., :columns]
+        rows = blocks.repeat_interleave(self.block[0], -2)[..., :tokens, :]
+        return rows.repeat_interleave(self.block[1], -1)[..., :tokens]
+
     def density(self, grid: tuple[int, ...]) -> float:
         self.check(grid)
         tokens = math.prod(grid)

@@ -70,6 +70,9 @@ class Neighborhood(Separable):
                     f"of {grid}; use a window of at most {extent // dilation} there"
                 )
 
+    def reach(self, rank: int) -> tuple[int, ...]:
+        return along(self, "window", rank)
+
     def axis(self, extent: int, index: int) -> Axis:
         window, stride, dilation, causal = (
             value[index] if isinstance(value, tuple) else value

@@ -50,6 +50,9 @@ class Window(Separable):
                     f"{axis} of {grid}; use a size of at most {extent} there"
                 )
 
+    def reach(self, rank: int) -> tuple[int, ...]:
+        return along(self, "size", rank)
+
     def axis(self, extent: int, index: int) -> Axis:
         size, shift = (v[index] if isinstance(v, tuple) else v for v in (self.size, self.shift))
         first = [(x - shift) // size * size + shift for x in range(extent)]
