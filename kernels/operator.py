@@ -113,7 +113,18 @@ def _attend_backward(
         return [torch.zeros_like(t) for t in inputs if t is not None]
     grads = module.backward(problem, *call, out, lse if return_lse else None, grad_out, grad_lse)
     zeros = (None if t is None else torch.zeros_like(t) for t in inputs)  # of extra tokens that are none
-    return [(z if g is None else g).contiguous() for g, z in zip(grads, zeros, strict=True) if z is not None]
+    return _apart([(z if g is None else g).contiguous() for g, z in zip(grads, zeros, strict=True) if z is not None])
+
+
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies those that share memory with one before them, which an operator may not return."""
+    seen: set[int] = set()
+    out = []
+    for tensor in tensors:
+        at = tensor.untyped_storage().data_ptr()
+        out.append(tensor.clone() if at in seen else tensor)
+        seen.add(at)
+    return out
 
 
 @_attend_backward.register_fake
