@@ -35,7 +35,7 @@ def explain(
 ) -> None:
     """Say which backends can compute a pattern, how sparse it is, and the speed-up to expect.
 
-    PATTERN is dense, neighborhood, window, sliding-tile or radial.
+    PATTERN is dense, neighborhood, window, sliding-tile, halo, circle, radial, length-decay, power-step or streaming.
 
     \b
     Examples:

@@ -70,8 +70,9 @@ def generate(
 ) -> None:
     """Draw PROMPTs: for each an mp4 (PNG for one frame), a contact sheet, and a JSON file with every setting.
 
-    Sizes, steps and guidance come from the model unless given. --attention is dense, neighborhood, window, sliding-tile
-    or radial; an option whose help starts with one of these names belongs to it.
+    Sizes, steps and guidance come from the model unless given. --attention is dense, neighborhood, window,
+    sliding-tile, halo, circle, radial, length-decay, power-step or streaming; the help of an option starts with the
+    names it belongs to.
 
     \b
     Examples:

@@ -11,18 +11,28 @@ if TYPE_CHECKING:
     from vision_attn.kernels.patterns import Pattern
 
 # Pattern -> its options: the fields of its dataclass, spelled out here so that --help need not import torch.
-# BlockList is computed from data and has no place on a command line.
+# BlockList is computed from data and PerHead holds other patterns: they have no place on a command line.
 PATTERNS: dict[str, tuple[str, ...]] = {
     "dense": (),
     "neighborhood": ("window", "stride", "dilation", "causal"),
     "window": ("size", "shift"),
     "sliding-tile": ("tile", "window"),
+    "halo": ("block", "halo"),
+    "circle": ("radius", "pooled"),
     "radial": ("decay", "block", "sink", "rule", "thin"),
+    "length-decay": ("train_frames", "alpha", "beta", "period", "gamma", "first_frame", "center_keys", "shape"),
+    "power-step": ("block", "window", "sink", "causal"),
+    "streaming": ("window", "sink"),
 }
 EXAMPLES = {
     "neighborhood": "--window 5,9,9",
     "window": "--size 8,8",
     "sliding-tile": "--tile 3,8,8 --window 3,3,3",
+    "halo": "--block 8 --halo 3",
+    "circle": "--radius 8",
+    "length-decay": "--train-frames 21",
+    "power-step": "--block 64 --window 128",
+    "streaming": "--window 256",
 }
 
 
@@ -62,23 +72,56 @@ class PerAxis(click.ParamType):
 
 INTS = PerAxis("one whole number, or one per axis", int)
 BOOLS = PerAxis("true or false, once or one per axis", {"true": True, "false": False}.__getitem__)
+NUMBERS = PerAxis("one number, or two", float)
 GRID = PerAxis("one to three sizes in tokens, such as 21,45,80 for (frames, height, width)", int, always_tuple=True)
 
+
+class Sink(click.ParamType):
+    """Nothing behind the option means yes; a number means so many tokens."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | int:
+        if value == "yes":
+            return True
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"got {value!r}; give a number of tokens, or nothing for radial", param, ctx)
+
+
 _OPTIONS = [
-    click.option("--window", type=INTS, help="neighborhood: keys per axis; sliding-tile: tiles per axis."),
+    click.option("--window", type=INTS, help="neighborhood: keys per axis; sliding-tile: tiles per axis; power-step, "
+                 "streaming: tokens."),
     click.option("--stride", type=INTS, help="neighborhood: queries per axis that share one window."),
     click.option("--dilation", type=INTS, help="neighborhood: step between the keys of a window."),
-    click.option("--causal", type=BOOLS, help="neighborhood: look back only, for example true,false,false."),
+    click.option("--causal", type=BOOLS, help="neighborhood: look back only, for example true,false,false; "
+                 "power-step: true or false."),
     click.option("--size", type=INTS, help="window: tokens per window and axis."),
     click.option("--shift", type=INTS, help="window: where the first cut lies."),
     click.option("--tile", type=INTS, help="sliding-tile: tokens per tile and axis."),
+    click.option("--block", type=INTS, help="halo: tokens per block and axis; power-step: tokens; radial: narrowest "
+                 "half width in tokens, and the block of --rule block."),
+    click.option("--halo", type=INTS, help="halo: tokens around a block, per axis."),
+    click.option("--radius", type=int, help="circle: tokens."),
+    click.option("--pooled", type=int, help="circle: also show everyone the means over cells of this side."),
     click.option("--decay", type=float, help="radial: width of the diagonals; less is sparser."),
-    click.option("--block", type=int, help="radial: narrowest half width in tokens, and the block of --rule block."),
-    click.option("--sink/--no-sink", default=None, help="radial: every token sees the first frame."),
+    click.option("--sink", type=Sink(), is_flag=False, flag_value="yes", help="radial (without a number): every token "
+                 "sees the first frame; power-step, streaming: first tokens that every token sees."),
+    click.option("--no-sink", is_flag=True, help="radial: it does not."),
     click.option("--rule", help="radial: token (exact) or block (as published)."),
     click.option("--thin", type=int, help="radial: far frames are skipped below this width; 0 keeps all."),
-]
-NAMES = ("window", "stride", "dilation", "causal", "size", "shift", "tile", "decay", "block", "sink", "rule", "thin")
+    click.option("--train-frames", type=int, help="length-decay: latent frames that the model was trained on."),
+    click.option("--alpha", type=NUMBERS, help="length-decay: multiplier of distant scores; near,far with --shape."),
+    click.option("--beta", type=float, help="length-decay: multiplier where the model repeats itself."),
+    click.option("--period", type=float, help="length-decay: latent frames after which it repeats itself."),
+    click.option("--gamma", type=float, help="length-decay: latent frames around a repetition."),
+    click.option("--first-frame/--no-first-frame", default=None, help="length-decay: the first frame sees the trained "
+                 "length only."),
+    click.option("--center-keys/--no-center-keys", default=None, help="length-decay: subtract the mean key first."),
+    click.option("--shape", help="length-decay: constant, linear or parabolic."),
+]  # fmt: skip
+NAMES = tuple(dict.fromkeys(name for own in PATTERNS.values() for name in own))
 
 
 def pattern_options(command: Callable) -> Callable:
@@ -87,6 +130,10 @@ def pattern_options(command: Callable) -> Callable:
     @functools.wraps(command)
     def packed(*args: Any, **kwargs: Any) -> Any:
         typed = {name: kwargs.pop(name) for name in NAMES}
+        if kwargs.pop("no_sink"):
+            if typed["sink"] is not None:
+                raise click.UsageError("--sink and --no-sink exclude each other.")
+            typed["sink"] = False
         return command(*args, options={key: value for key, value in typed.items() if value is not None}, **kwargs)
 
     for option in reversed(_OPTIONS):
@@ -98,9 +145,14 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     """Refuse options that belong to another pattern."""
     for option in options:
         if option not in PATTERNS[name]:
-            homes = " and ".join(home for home, own in PATTERNS.items() if option in own)
-            own = ", ".join(f"--{other}" for other in PATTERNS[name]) or "no options"
-            raise click.UsageError(f"--{option} belongs to {homes}, not to {name}, which takes {own}.")
+            *most, last = (home for home, own in PATTERNS.items() if option in own)
+            homes = f"{', '.join(most)} and {last}" if most else last
+            own = ", ".join(map(_flag, PATTERNS[name])) or "no options"
+            raise click.UsageError(f"{_flag(option)} belongs to {homes}, not to {name}, which takes {own}.")
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def build_pattern(
@@ -126,7 +178,7 @@ def build_pattern(
     chosen = {**(suggested or {}), **options}
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in chosen:
-            raise click.UsageError(f"{name} needs --{field.name}, for example {EXAMPLES[name]}.")
+            raise click.UsageError(f"{name} needs {_flag(field.name)}, for example {EXAMPLES[name]}.")
     try:
         pattern = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()})
         if grid is not None:

@@ -29,7 +29,7 @@ def show(
 ) -> None:
     """Draw what one query sees, how many keys each query sees, and the mask of a small grid.
 
-    PATTERN is dense, neighborhood, window, sliding-tile or radial.
+    PATTERN is dense, neighborhood, window, sliding-tile, halo, circle, radial, length-decay, power-step or streaming.
 
     \b
     Examples:

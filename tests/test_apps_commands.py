@@ -102,8 +102,14 @@ def test_explain_every_pattern(capsys):
         "neighborhood": ["--window", "3,3,3", "--stride", "1,2,2", "--dilation", "1", "--causal", "true,false,false"],
         "window": ["--size", "2,4,4", "--shift", "0,2,2"],
         "sliding-tile": ["--tile", "1,2,2", "--window", "3"],
+        "halo": ["--block", "1,2,2", "--halo", "1"],
+        "circle": ["--radius", "3", "--pooled", "2"],
+        "length-decay": ["--train-frames", "3", "--alpha", "0.95,0.85", "--shape", "linear", "--beta", "0.7",
+                         "--period", "2", "--gamma", "0.5", "--first-frame", "--no-center-keys"],
+        "power-step": ["--block", "16", "--window", "8", "--sink", "4", "--causal", "false"],
+        "streaming": ["--window", "64", "--sink", "4"],
         "radial": ["--decay", "0.5", "--block", "4", "--no-sink", "--rule", "block", "--thin", "0"],
-    }
+    }  # fmt: skip
     from vision_attn.apps.pattern_options import PATTERNS
 
     assert set(options) == set(PATTERNS)

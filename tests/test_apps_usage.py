@@ -23,7 +23,25 @@ USAGE = {
     "no such option": ([*GENERATE, "--windw", "3"], ["--windw", "--window"]),
     "unknown attention": ([*GENERATE, "--attention", "radail"], ["'radail'", "did you mean radial", "sliding-tile"]),
     "unknown pattern": (["show", "swin", "--grid", "8,8", "-o", "{out}/x.png"], ["'swin'", "neighborhood"]),
-    "option of another attention": ([*GENERATE, *RADIAL, "--window", "3"], ["--window belongs to neighborhood and sl"]),
+    "option of another attention": ([*GENERATE, *RADIAL, "--window", "3"], ["--window belongs to neighborhood, sl"]),
+    "option with a dash": (
+        [*SHOW, "--grid", "8,8", "--train-frames", "3"],
+        ["--train-frames belongs to length-decay,"],
+    ),
+    "missing option with a dash": (["explain", "length-decay", "--grid", "8,8"], ["needs --train-frames, for example"]),
+    "sink of streaming": (
+        ["explain", "streaming", "--window", "4", "--sink", "--grid", "8"],
+        ["sink=True", "must be an int"],
+    ),
+    "sink in words": (["explain", "streaming", "--window", "4", "--sink", "four", "--grid", "8"], ["'four'", "tokens"]),
+    "sink and no sink": (
+        ["explain", "radial", "--sink", "--no-sink", "--grid", "8,8"],
+        ["--sink and --no-sink exclude each other"],
+    ),
+    "cells that do not fit": (
+        ["explain", "circle", "--radius", "3", "--pooled", "4", "--grid", "8,10"],
+        ["8 x 10 tokens", "cells of 4 x 4"],
+    ),
     "option without attention": ([*GENERATE, "--decay", "0.2"], ["--decay belongs to radial", "dense"]),
     "dense steps of dense": ([*GENERATE, "--dense-steps", "1"], ["--dense-steps needs a sparse attention"]),
     "compare with itself": ([*GENERATE, "--compare"], ["--compare needs a sparse attention"]),
@@ -185,7 +203,7 @@ def test_running_out_of_gpu_memory_says_what_to_do(tmp_path, capsys, monkeypatch
 
 def test_options_on_the_command_line_are_the_fields_of_the_patterns():
     fields = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in patterns.PATTERNS.items()}
-    del fields["block-list"]  # computed from data
+    del fields["block-list"], fields["per-head"]  # computed from data; made of other patterns
     assert fields == PATTERNS
     assert set(NAMES) == {option for own in PATTERNS.values() for option in own}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vision_attn import PATTERNS, BlockList, Dense, Neighborhood, Pattern, Radial, SlidingTile, Window
+from vision_attn.kernels.patterns import Circle, Halo, LengthDecay, PerHead, PowerStep, Streaming
 from vision_attn.kernels.testing import random_pattern
 
 SOME = [
@@ -18,6 +19,13 @@ SOME = [
     (SlidingTile((2, 3), (3, 2)), (7, 8)),
     (Radial(0.5, 4, sink=False, thin=8), (5, 3, 4)),
     (Radial(0.5, 4, rule="block", thin=0), (5, 3, 4)),
+    (Halo((2, 3), (1, 0)), (7, 8)),
+    (Circle(3, pooled=2), (6, 8)),
+    (Circle(2), (2, 5, 3)),
+    (LengthDecay(2, (0.95, 0.85), period=2, gamma=0.5, first_frame=True, shape="linear"), (5, 3, 4)),
+    (PowerStep(4, window=3, sink=2), (4, 7)),
+    (Streaming(5, sink=2), (29,)),
+    (PerHead(((2, Circle(2)), (1, Streaming(3)))), (4, 5)),
     (BlockList.from_mask(torch.rand(2, 4, 3) < 0.5, (5, 7), Neighborhood(3)), (4, 5)),
 ]
 
@@ -211,7 +219,10 @@ def test_density_of_lists_per_head():
 
 
 def test_registry_names():
-    assert list(PATTERNS) == ["dense", "neighborhood", "window", "sliding-tile", "radial", "block-list"]
+    assert list(PATTERNS) == [
+        "dense", "neighborhood", "window", "sliding-tile", "halo", "circle", "radial", "length-decay", "power-step",
+        "streaming", "block-list", "per-head",
+    ]  # fmt: skip
     assert all(cls.name == name for name, cls in PATTERNS.items())
 
 
@@ -259,7 +270,7 @@ REFUSED = [
     (lambda: BlockList(2, torch.zeros(3, 2).int(), torch.full((3,), 2)).check((6,)), ValueError, "twice"),
     (lambda: BlockList(2, torch.zeros(3, 1).int(), torch.ones(3).int(), torch.full((3,), 2), Dense()).check((6,)),
      ValueError, "between 0 and count"),
-    (lambda: Pattern.from_dict({"pattern": "circle"}), ValueError, "unknown pattern 'circle'; allowed: dense, "),
+    (lambda: Pattern.from_dict({"pattern": "square"}), ValueError, "unknown pattern 'square'; allowed: dense, "),
     (lambda: Pattern.from_dict({"pattern": "window", "kernel": 2}), ValueError, "no option kernel; allowed: size"),
     (lambda: Pattern.from_dict({"pattern": "window"}), ValueError, "needs size"),
 ]  # fmt: skip
