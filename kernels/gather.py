@@ -119,7 +119,8 @@ def _without_bad(k, v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     0 times NaN is NaN, so in a matrix product they would reach every query of their tile. On a CPU a sum tells that
     there are none; elsewhere asking would stall the device.
     """
-    if k.device.type == "cpu" and bool((k.sum(dtype=torch.float64) + v.sum(dtype=torch.float64)).isfinite()):
+    full = torch.promote_types(k.dtype, torch.float32)
+    if k.device.type == "cpu" and bool((k.sum(dtype=full) + v.sum(dtype=full)).isfinite()):
         return k, v, None
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
     return k.masked_fill(bad[..., None], 0), v.masked_fill(bad[..., None], 0), bad
