@@ -1,0 +1,92 @@
+// What crosses the C interface, and the threads that share a call.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// A tensor of floats whose last dimension is contiguous; steps are counted in floats.
+struct Rows {
+    float* data;
+    int64_t batch, head, axis[3];
+    float* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+// One axis of a separable pattern, cut into tiles of queries. Tiles that look alike, keys and masks relative to their
+// first key, are of one kind.
+struct Side {
+    int32_t tiles, lanes;
+    const int32_t *query;  // [tiles, lanes] coordinates, -1 for none
+    const int32_t *kind;   // [tiles]
+    const int32_t *first;  // [tiles] coordinate of the first key
+    const int32_t *start;  // [kinds + 1] into the next two
+    const int32_t *key;    // coordinates of the keys, relative to the first
+    const uint32_t *seen;  // which lanes of a tile see the key, as far as this axis goes
+};
+
+// Lanes of a tile are numbered [group, axis 0, axis 1, axis 2]; there are at most LANES * vectors.
+struct Boxes {
+    int32_t vectors, group;
+    Side side[3];
+};
+
+struct Call {
+    int32_t batch, kv_heads, group, head_dim, value_dim, extra, threads;
+    float scale;
+    Rows q, k, v, out, lse, extra_key, extra_value;  // extra tokens step along axis 0
+    const uint8_t* visible;                          // [batch, extra], or null when all extra tokens are
+};
+
+// Memory of one thread, aligned for vectors and never cleared.
+class Scratch {
+    char *data = nullptr, *next = nullptr, *end = nullptr;
+
+  public:
+    explicit Scratch(size_t bytes) {
+        size_t size = (bytes + 4096) / 64 * 64;
+        data = next = (char*)std::aligned_alloc(64, size);
+        if (!data) throw std::bad_alloc();
+        end = data + size;
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+    float* floats(size_t count) {
+        char* at = next;
+        next += (count * sizeof(float) + 63) / 64 * 64;
+        if (next > end) throw std::bad_alloc();
+        return (float*)at;
+    }
+};
+
+// Run `work(next)` in up to `threads` threads; `next()` hands out the numbers below `jobs` once each, in runs of `run`.
+// Returns 0, or 1 when memory ran out in any of them.
+template <class Work>
+int share(int threads, int64_t jobs, int64_t run, Work work) {
+    std::atomic<int64_t> given{0};
+    std::atomic<int> failed{0};
+    auto body = [&] {
+        int64_t at = 0, stop = 0;
+        auto next = [&]() -> int64_t {
+            if (at == stop) at = given.fetch_add(run), stop = at + run;
+            return at < jobs ? at++ : -1;
+        };
+        try {
+            work(next);
+        } catch (const std::bad_alloc&) {
+            failed = 1;
+        }
+    };
+    int64_t most = (jobs + run - 1) / run;
+    std::vector<std::thread> others;
+    try {
+        for (int i = 1; i < threads && i < most; i++) others.emplace_back(body);
+    } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+    }
+    body();
+    for (auto& other : others) other.join();
+    return failed;
+}
