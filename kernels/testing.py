@@ -16,7 +16,20 @@ import torch
 
 from .attend import attend
 from .backends import refuse
-from .patterns import BlockList, Dense, Neighborhood, Pattern, Radial, SlidingTile, Window
+from .patterns import (
+    BlockList,
+    Circle,
+    Dense,
+    Halo,
+    LengthDecay,
+    Neighborhood,
+    Pattern,
+    PowerStep,
+    Radial,
+    SlidingTile,
+    Streaming,
+    Window,
+)
 from .problem import describe
 
 # A backend may be this much worse than plain attention in the same dtype, which sums in another order.
@@ -30,7 +43,8 @@ def random_pattern(pick: random.Random) -> tuple[Pattern, tuple[int, ...]]:
     rank = pick.choice((1, 2, 3))
     sizes = {1: (1, 2, 3, 17, 41, 97), 2: (1, 2, 3, 5, 7, 8, 11, 13), 3: (1, 2, 3, 5, 7)}[rank]
     grid = tuple(pick.choice(sizes) for _ in range(rank))
-    kind = pick.choice((Dense, Neighborhood, Neighborhood, Neighborhood, Window, SlidingTile, Radial, BlockList))
+    kinds = (Dense, Window, SlidingTile, Radial, BlockList, Halo, Circle, LengthDecay, PowerStep, Streaming)
+    kind = pick.choice(kinds + (Neighborhood,) * 6 + (Radial, BlockList))
     if kind is Neighborhood:
         return random_neighborhood(pick, grid), grid
     if kind is Window:
@@ -38,17 +52,30 @@ def random_pattern(pick: random.Random) -> tuple[Pattern, tuple[int, ...]]:
         return Window(size, tuple(pick.randint(0, s - 1) for s in size)), grid
     if kind is SlidingTile:
         return SlidingTile(tuple(pick.randint(1, n) for n in grid), tuple(pick.randint(1, 4) for _ in grid)), grid
-    if kind is Radial:
-        grid = grid if rank > 1 else (min(grid[0], 9), 5)
-        options = dict(
-            decay=pick.choice((0.2, 0.5, 1.0)), sink=pick.random() < 0.5, thin=pick.choice((0, 1, 4, 8, 128))
-        )
-        return Radial(block=pick.choice((1, 2, 4, 8)), rule="token", **options), grid
     if kind is BlockList:
         block = pick.choice((1, 2, 5, 16)), pick.choice((1, 3, 7, 16))
         seen = torch.rand([-(-math.prod(grid) // b) for b in block], generator=_generator(pick)) < pick.random()
         return BlockList.from_mask(seen, block, random_neighborhood(pick, grid) if pick.random() < 0.5 else None), grid
-    return Dense(), grid
+    if kind is Dense:
+        return Dense(), grid
+    if kind is Halo:
+        return Halo(tuple(pick.randint(1, n) for n in grid), tuple(pick.randint(0, 3) for _ in grid)), grid
+    if kind is PowerStep:
+        return PowerStep(pick.randint(1, 9), pick.randint(1, 9), pick.randint(0, 5), pick.random() < 0.5), grid
+    if kind is Streaming:
+        return Streaming(pick.randint(1, 20), pick.randint(0, 9)), grid
+    grid = grid if rank > 1 else (min(grid[0], 9), 5)  # the others have no meaning on one axis
+    if kind is Circle:
+        pooled = pick.choice((None, None, *(f for f in (2, 3) if not any(n % f for n in grid[-2:]))))
+        return Circle(pick.randint(1, 6), pooled), grid
+    if kind is LengthDecay:
+        near, far = sorted((pick.random(), pick.random()), reverse=True)
+        shape = pick.choice(("constant", "linear", "parabolic"))
+        options = dict(period=pick.choice((None, 2.5)), gamma=pick.choice((0.25, 1)), shape=shape)
+        options |= dict(first_frame=pick.random() < 0.5, center_keys=pick.random() < 0.5)
+        return LengthDecay(pick.randint(1, 4), near if shape == "constant" else (near, far), **options), grid
+    options = dict(decay=pick.choice((0.2, 0.5, 1.0)), sink=pick.random() < 0.5, thin=pick.choice((0, 1, 4, 8, 128)))
+    return Radial(block=pick.choice((1, 2, 4, 8)), rule="token", **options), grid
 
 
 def random_neighborhood(pick: random.Random, grid: tuple[int, ...]) -> Neighborhood:

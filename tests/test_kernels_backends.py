@@ -12,7 +12,7 @@ from vision_attn.kernels.backends import BACKENDS, flex, natten, refuse
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import Case, error
 
-CASES, PER_TEST = 520, 20
+CASES, PER_TEST = 1000, 25
 
 
 @pytest.fixture(autouse=True)

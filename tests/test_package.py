@@ -127,7 +127,7 @@ def test_wheel_holds_the_sources_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    data = {".py", ".typed", ".json", ".safetensors"}
+    data = {".py", ".typed", ".json", ".csv", ".cpp", ".h", ".safetensors"}
     expected = set()
     for path in tracked():
         top = path.relative_to(ROOT).parts[0]
