@@ -18,6 +18,7 @@ from vision_attn.apps.pattern_options import nearest
 COMMANDS = {
     "generate": "Draw videos or images from prompts with a diffusers pipeline.",
     "explain": "Say which backends can compute a pattern, how sparse it is, and the speed-up to expect.",
+    "simulate": "Bounds by tile pair, bytes moved and a predicted time of a pattern on a device.",
     "show": "Draw a picture of a pattern: who a query sees.",
     "doctor": "Report versions, devices and backends.",
 }
