@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn.kernels.attend import attend
-from vision_attn.kernels.patterns import Neighborhood, Pattern, SlidingTile, Window
+from vision_attn.kernels.patterns import Halo, Neighborhood, Pattern, SlidingTile, Window
 
 # Options that one int sets for every axis, and so mean "at most the whole axis": the first decides, the rest follow.
-_PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",)}
+_PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",), Halo: ("block",)}
 
 
 def fit(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
