@@ -1,14 +1,18 @@
-"""Pictures of a pattern: who a query sees, how many keys each query sees, and the mask itself when it is small."""
+"""Pictures of a pattern: who a query sees, how many keys each query sees, and the mask itself when it is small.
+
+Where a pattern changes scores, the pictures show what scores of at least 0 are multiplied by.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .patterns import BlockList, Pattern
+from .patterns import BlockList, Pattern, PerHead
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +37,7 @@ def draw(
 
     Raises:
         ValueError: a pattern that does not fit the grid, or a query outside it.
-        TypeError: a BlockList, which has no one picture.
+        TypeError: a BlockList or a PerHead, which have no one picture.
 
     >>> from vision_attn import Neighborhood
     >>> figure = draw(Neighborhood(window=3), (8, 8), query=(0, 7))
@@ -41,11 +45,12 @@ def draw(
     ['what query (0, 7) sees: 9 of 64 keys', 'keys per query: 9 everywhere',
      'mask: query (down) by key (across)']
     """
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     if isinstance(pattern, BlockList):
         raise TypeError("BlockList can differ per head and per sample; draw pattern.mask(grid)[head] instead")
+    if isinstance(pattern, PerHead):
+        raise TypeError("PerHead has one picture per part; draw the patterns in pattern.parts")
     pattern.check(grid)
     query = tuple(size // 2 for size in grid) if query is None else tuple(query)
     if len(query) != len(grid) or not all(0 <= at < size for at, size in zip(query, grid, strict=True)):
@@ -55,8 +60,13 @@ def draw(
     tokens = math.prod(grid)
     seen = keys_seen(pattern, grid, query)
     shares = f"what query {_text(query)} sees: {int(seen.sum())} of {tokens} keys"
-    marked = seen.int()
-    marked[query] = 2
+    pairs, look = _pairs(pattern, grid)
+    token = torch.arange(tokens)
+    marked = pairs(token.reshape(grid)[query][None], token).reshape(grid)
+    if look["bar"]:
+        shares += "\nand what scores that are not negative are multiplied by"
+    else:
+        marked[query] = 2
     counts, steps = keys_per_query(pattern, grid)
     low, high = int(counts.min()), int(counts.max())
     spread = f"keys per query: {low} to {high}" if low < high else f"keys per query: {low} everywhere"
@@ -79,18 +89,37 @@ def draw(
         parts = figure.subfigures(panels, 1, height_ratios=heights)
     sizes = " x ".join(map(str, grid))
     figure.suptitle(f"{pattern}\ngrid {sizes}, density {pattern.density(grid):.1%}", fontsize=9)
-    own = _panel(parts[0], shares, frames, cmap=ListedColormap(COLORS), vmin=0, vmax=2)[
-        f"t = {query[0]}" if len(grid) == 3 else ""
-    ]
-    if max(grid) > 24:  # a single cell is hard to find
+    own = _panel(parts[0], shares, frames, **look)[f"t = {query[0]}" if len(grid) == 3 else ""]
+    if max(grid) > 24 or look["bar"]:  # a single cell is hard to find, or has no colour of its own
         own.plot(query[-1], query[-2] if len(grid) > 1 else 0, "o", mfc="none", mec=COLORS[2], ms=9)
     _panel(parts[1], spread, counted, bar=True, cmap="viridis", vmin=0, vmax=high)
     if with_mask:
-        mask = {"": pattern.mask(grid).int()}
-        _panel(parts[2], "mask: query (down) by key (across)", mask, cmap=ListedColormap(COLORS[:2]), vmin=0, vmax=1)
+        mask = {"": pairs(token[:, None], token)}
+        _panel(parts[2], "mask: query (down) by key (across)", mask, **look | {"bar": False})  # the same bar as above
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _pairs(pattern: Pattern, grid: tuple[int, ...]) -> tuple[Callable, dict[str, Any]]:
+    """What to show of a pair, a function of query and key tokens, and how: seen or not, or the factor on its score."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    allowed, rule = pattern.predicate(grid), pattern.score_rule(grid)
+    if rule is None:
+        return lambda query, key: allowed(query, key).int(), dict(
+            cmap=ListedColormap(COLORS), vmin=0, vmax=2, bar=False
+        )
+
+    def factor(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = allowed(query, key)
+        return rule(torch.ones(seen.shape), query, key).masked_fill(~seen, float("nan"))
+
+    token = torch.arange(math.prod(grid))
+    least = min(0.9, rule(torch.ones(len(token)), token[:1], token).min().item())
+    colors = colormaps["viridis"].with_extremes(bad=COLORS[0])
+    return factor, dict(cmap=colors, vmin=least, vmax=1, bar=True)
 
 
 def keys_seen(pattern: Pattern, grid: tuple[int, ...], query: tuple[int, ...]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from vision_attn.apps.cli import main
 from vision_attn.apps.generate import need
 from vision_attn.diffusion import loading
 from vision_attn.kernels import draw
+from vision_attn.kernels.patterns import Circle, Halo, LengthDecay, PerHead, PowerStep, Streaming
 
 SMALL = [
     (Dense(), (7,)),
@@ -20,6 +21,11 @@ SMALL = [
     (SlidingTile((1, 2, 2), 3), (3, 5, 6)),
     (Radial(decay=0.5, block=2, thin=8), (5, 3, 4)),
     (Radial(decay=0.5, block=4, thin=0, rule="block", sink=False), (5, 4, 4)),
+    (Halo(3, 1), (7, 8)),
+    (Circle(3, pooled=2), (6, 8)),
+    (LengthDecay(1, period=2, gamma=0.5, first_frame=True), (5, 4, 3)),
+    (PowerStep(3, 2, 1, causal=False), (31,)),
+    (Streaming(3, 2), (4, 5)),
 ]
 
 
@@ -69,6 +75,18 @@ def test_drawing_refuses_what_it_cannot_show():
         draw.draw(Neighborhood(5), (4, 4))
     with pytest.raises(TypeError, match="per head"):
         draw.draw(BlockList.from_mask(torch.eye(4, dtype=torch.bool), 4), (16,))
+    with pytest.raises(TypeError, match="one picture per part"):
+        draw.draw(PerHead(((1, Dense()),)), (4, 4))
+
+
+def test_length_decay_shows_the_factors_on_scores():
+    """One token per frame: near ones 1, others alpha, frames about a period away beta, and what is cut off grey."""
+    pattern = LengthDecay(2, 0.9, 0.6, period=4, gamma=1, first_frame=True)
+    figure = draw.draw(pattern, (8, 1), query=(1, 0))
+    shown, mask = (figure.subfigs[i].axes[0].images[0].get_array() for i in (0, 2))
+    assert shown.filled(-1).flatten().tolist() == pytest.approx([1, 1, 1, -1, -1, -1, -1, -1])
+    assert mask[7].filled(-1).tolist() == pytest.approx([0.6, 0.9, 0.6, 0.6, 0.6, 0.9, 1, 1])
+    assert shown.shape == (8, 1) and "are multiplied by" in figure.subfigs[0].get_suptitle()
 
 
 def test_show(tmp_path, capsys):
