@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Draw videos or images from prompts with a diffusers pipeline.",
     "explain": "Say which backends can compute a pattern, how sparse it is, and the speed-up to expect.",
     "simulate": "Bounds by tile pair, bytes moved and a predicted time of a pattern on a device.",
+    "bench": "Time attention against its peers, each checked first.",
     "show": "Draw a picture of a pattern: who a query sees.",
     "doctor": "Report versions, devices and backends.",
 }
@@ -35,8 +36,9 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         command = getattr(import_module(f"vision_attn.apps.{name}"), name)
-        if not any(param.name == "debug" for param in command.params):
-            command.params.append(_debug_option())
+        for each in (command, *getattr(command, "commands", {}).values()):
+            if not any(param.name == "debug" for param in each.params):
+                each.params.append(_debug_option())
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
