@@ -68,7 +68,7 @@ def _row(rows, tile):
 
 @triton.jit
 def _program(tables, heads):
-    """Which batch entry, head and tile this program owns; tiles are fastest, so that neighbours share boxes in cache."""
+    """Batch entry, head and rows of this program. Tiles are fastest, so that neighbours share boxes in cache."""
     tile = tl.program_id(0)
     tile2, tile = tile % tables.tiles2, tile // tables.tiles2
     tile1, tile = tile % tables.tiles1, tile // tables.tiles1
@@ -343,6 +343,18 @@ def _base2(lse, offsets, there):
 
 
 @triton.jit
+def _load_numbers(lse, delta, batch, head, start, rows, tables, SIDES: tl.constexpr, CHECK: tl.constexpr):
+    """lse in base 2 and delta of the queries of a visited box; the two are stored alike."""
+    at = _positions(start, SIDES)
+    offsets = _offsets(lse, batch, head, at, rows, tables)
+    if CHECK:
+        inside = _below(at, (rows[0][3], rows[1][3], rows[2][3]))
+        return _base2(lse, offsets, inside), tl.load(delta.data + offsets, mask=inside, other=0.0)
+    else:
+        return tl.load(lse.data + offsets) * LOG2E, tl.load(delta.data + offsets)
+
+
+@triton.jit
 def grad_key(
     q, k, v, lse, grad_out, delta, grad_k, grad_v, tables, heads, group, scale,
     OWN: tl.constexpr, SEEN: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
@@ -358,25 +370,21 @@ def grad_key(
     factor = scale * LOG2E
     acc_k = tl.zeros([M, WIDTH], tl.float32)
     acc_v = tl.zeros([M, VALUE_WIDTH], tl.float32)
-    for reader in tl.range(head * group, head * group + group):
-        for PARTIAL in tl.static_range(2):
-            for i in tl.range(0, _count(rows, PARTIAL)):
-                start = _start(i, rows, SEEN, PARTIAL)
-                at = _positions(start, SEEN)
-                inside = _below(at, (rows[0][3], rows[1][3], rows[2][3]))
-                query = _load_box(q, batch, reader, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
-                outer = _load_box(
-                    grad_out, batch, reader, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED
-                )
-                offsets = _offsets(lse, batch, reader, at, rows, tables)  # delta lies like lse
-                top = _base2(lse, offsets, inside)
-                d = tl.load(delta.data + offsets, mask=inside, other=0.0)
-                p = tl.exp2(dot(key, query.T, tl.zeros([M, N], tl.float32)) * factor - top[None, :])
-                if PARTIAL:
-                    p = tl.where(_allowed(own, ends, start, tables, SEEN, RANK, DISC), p, 0.0)
-                acc_v = dot(p.to(outer.dtype), outer, acc_v)
-                ds = p * (dot(value, outer.T, tl.zeros([M, N], tl.float32)) - d[None, :])
-                acc_k = dot(ds.to(query.dtype), query, acc_k)
+    for PARTIAL in tl.static_range(2):
+        count = _count(rows, PARTIAL)
+        for turn in tl.range(0, count * group):
+            reader, i = _divide(turn, count)
+            reader += head * group
+            start = _start(i, rows, SEEN, PARTIAL)
+            query = _load_box(q, batch, reader, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
+            outer = _load_box(grad_out, batch, reader, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED)
+            top, d = _load_numbers(lse, delta, batch, reader, start, rows, tables, SEEN, PARTIAL)
+            p = tl.exp2(dot(key, query.T, tl.zeros([M, N], tl.float32)) * factor - top[None, :])
+            if PARTIAL:
+                p = tl.where(_allowed(own, ends, start, tables, SEEN, RANK, DISC), p, 0.0)
+            acc_v = dot(p.to(outer.dtype), outer, acc_v)
+            ds = p * (dot(value, outer.T, tl.zeros([M, N], tl.float32)) - d[None, :])
+            acc_k = dot(ds.to(query.dtype), query, acc_k)
     _store(grad_k, _offsets(grad_k, batch, head, own, rows, tables), there, acc_k * scale, DIM, WIDTH)
     _store(grad_v, _offsets(grad_v, batch, head, own, rows, tables), there, acc_v, VALUE, VALUE_WIDTH)
 

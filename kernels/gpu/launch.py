@@ -55,18 +55,23 @@ def choices(kernel: str, problem: Problem) -> list[list[int]]:
     return CONFIGS[kernel]["32" if problem.dtype == torch.float32 else "16"][str(max(widths(problem)))]
 
 
-@functools.lru_cache(maxsize=1024)
-def choose(kernel: str, problem: Problem) -> tuple[Boxes, dict[str, int]]:
-    """The boxes of the configuration whose visits cost least, and its warps and stages."""
+def choose(kernel: str, problem: Problem, only: list[int] | None = None) -> tuple[Boxes, dict[str, int]]:
+    """The boxes of the configuration whose visits cost least (or of this one), and warps, stages and what else the
+    compiler is told."""
 
     def boxes_of(config: list[int]) -> Boxes:
         own, seen = config[:2]
         extra = 0 if kernel == "grad_key" else -(-problem.extra // seen)
         return best_boxes(problem.pattern, problem.grid, own, seen, kernel == "grad_key", extra)
 
-    options = [(boxes_of(config), config) for config in choices(kernel, problem)]
+    options = [(boxes_of(config), config) for config in ([only] if only else choices(kernel, problem))]
     found, (*_, warps, stages) = min(options, key=lambda o: o[0].visits * max(o[1][0], FEW_QUERIES) * o[1][1])
-    return found, {"num_warps": warps, "num_stages": stages}
+    return found, resources(warps, stages)
+
+
+def resources(warps: int, stages: int) -> dict[str, Any]:
+    """Options of the compiler. Scores become weights by one multiply-add each, which it must be allowed to fuse."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,9 +185,9 @@ def empty_lse(problem: Problem, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(problem.batch, problem.heads, *problem.grid, dtype=torch.float32).movedim(1, -1)
 
 
-def forward(call: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Call:
+def forward(call: Inputs, out: torch.Tensor, lse: torch.Tensor, only=None) -> Call:
     problem = call.problem
-    found, resources = choose("forward", problem)
+    found, options = choose("forward", problem, only)
     boxed, k, v = _visited(problem, found, (call.k, call.v), call.boxed)
     arguments = (
         tokens(call.q), k, v, *call.extra(), tokens(out), per_token(lse),
@@ -190,12 +195,12 @@ def forward(call: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Call:
         problem.heads, problem.heads // problem.kv_heads, problem.extra, call.scale,
     )  # fmt: skip
     constants = call.constants(found, boxed) | call.with_extra()
-    return Call(boxes.forward, found.tiles * problem.batch * problem.heads, arguments, constants | resources)
+    return Call(boxes.forward, found.tiles * problem.batch * problem.heads, arguments, constants | options)
 
 
-def grad_query(call: Inputs, out, lse, grad_out, grad_lse: torch.Tensor | None, delta, grad_q) -> Call:
+def grad_query(call: Inputs, out, lse, grad_out, grad_lse: torch.Tensor | None, delta, grad_q, only=None) -> Call:
     problem = call.problem
-    found, resources = choose("grad_query", problem)
+    found, options = choose("grad_query", problem, only)
     boxed, k, v = _visited(problem, found, (call.k, call.v), call.boxed)
     arguments = (
         tokens(call.q), k, v, *call.extra(), tokens(out), per_token(lse), tokens(grad_out),
@@ -204,12 +209,12 @@ def grad_query(call: Inputs, out, lse, grad_out, grad_lse: torch.Tensor | None, 
         problem.heads, problem.heads // problem.kv_heads, problem.extra, call.scale,
     )  # fmt: skip
     constants = call.constants(found, boxed) | call.with_extra() | {"LSE": grad_lse is not None}
-    return Call(boxes.grad_query, found.tiles * problem.batch * problem.heads, arguments, constants | resources)
+    return Call(boxes.grad_query, found.tiles * problem.batch * problem.heads, arguments, constants | options)
 
 
-def grad_key(call: Inputs, lse, grad_out, delta, grad_k, grad_v) -> Call:
+def grad_key(call: Inputs, lse, grad_out, delta, grad_k, grad_v, only=None) -> Call:
     problem = call.problem
-    found, resources = choose("grad_key", problem)
+    found, options = choose("grad_key", problem, only)
     boxed, q, outer = _visited(problem, found, (call.q, grad_out), call.boxed)
     arguments = (
         q, tokens(call.k), tokens(call.v), per_token(lse), outer, per_token(delta), tokens(grad_k), tokens(grad_v),
@@ -217,13 +222,13 @@ def grad_key(call: Inputs, lse, grad_out, delta, grad_k, grad_v) -> Call:
         problem.kv_heads, problem.heads // problem.kv_heads, call.scale,
     )  # fmt: skip
     programs = found.tiles * problem.batch * problem.kv_heads
-    return Call(boxes.grad_key, programs, arguments, call.constants(found, boxed) | resources)
+    return Call(boxes.grad_key, programs, arguments, call.constants(found, boxed) | options)
 
 
-def grad_extra(call: Inputs, lse, grad_out, delta) -> tuple[Call, torch.Tensor, torch.Tensor]:
+def grad_extra(call: Inputs, lse, grad_out, delta, only=None) -> tuple[Call, torch.Tensor, torch.Tensor]:
     """Gradients of the extra tokens in float32, `[batch, shares, extra, kv_heads, dim]`; their sum over the shares."""
     problem = call.problem
-    own, seen, warps, stages = choices("grad_extra", problem)[0]
+    own, seen, warps, stages = only or choices("grad_extra", problem)[0]
     programs = -(-problem.extra // own) * problem.batch * problem.kv_heads
     shares = max(min(PROGRAMS // programs, problem.tokens // (4 * seen)), 1)
     share = -(-problem.tokens // (shares * seen)) * seen
@@ -238,9 +243,9 @@ def grad_extra(call: Inputs, lse, grad_out, delta) -> tuple[Call, torch.Tensor, 
     )  # fmt: skip
     constants = dict(
         M=own, N=seen, DIM=problem.head_dim, VALUE=problem.value_dim, WIDTH=width, VALUE_WIDTH=value_width,
-        MASKED=call.extra_mask is not None, num_warps=warps, num_stages=stages,
+        MASKED=call.extra_mask is not None,
     )  # fmt: skip
-    return Call(boxes.grad_extra, programs * shares, arguments, constants), grad_k, grad_v
+    return Call(boxes.grad_extra, programs * shares, arguments, constants | resources(warps, stages)), grad_k, grad_v
 
 
 def run(problem: Problem, q, k, v, scale, extra_kv, extra_mask) -> tuple[torch.Tensor, torch.Tensor]:
