@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..attend import attend
 from ..backends import BACKENDS, refuse
@@ -122,8 +123,24 @@ def _flex_limits(problem: Problem) -> list[str]:
 
 def _flex_rows(problem: Problem, device: torch.device) -> Forward:
     """FlexAttention as one would write it: tokens in row-major order, a block mask of the pattern, compiled."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    mask = block_mask(problem, device)
 
+    def call(query, key, value, mask):
+        return flex_attention(query, key, value, block_mask=mask)
+
+    # a code object of its own: torch stops compiling a function after some shapes
+    own = call.__code__.replace(co_name=f"flex_rows_{next(_count)}")
+    compiled = torch.compile(types.FunctionType(own, globals()), dynamic=False)
+
+    def forward(q, k, v):
+        out = compiled(*(t.flatten(1, -3).transpose(1, 2) for t in (q, k, v)), mask)
+        return out.transpose(1, 2).reshape(q.shape), None
+
+    return forward
+
+
+def block_mask(problem: Problem, device: torch.device) -> BlockMask:
+    """The block mask of a pattern on row-major tokens, made row by row of blocks."""
     tokens, blocks = problem.tokens, -(-problem.tokens // BLOCK)
     allowed = _by_token(problem.pattern, problem.grid, device)
     visited, full = (torch.zeros(blocks, blocks, dtype=torch.bool, device=device) for _ in range(2))
@@ -139,22 +156,8 @@ def _flex_rows(problem: Problem, device: torch.device) -> Forward:
     def mask_mod(batch, head, query, key):
         return allowed(query.clamp(max=tokens - 1), key.clamp(max=tokens - 1)) & (key < tokens)
 
-    mask = BlockMask.from_kv_blocks(
-        *tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, seq_lengths=(tokens, tokens)
-    )
-
-    def call(query, key, value, mask):
-        return flex_attention(query, key, value, block_mask=mask)
-
-    # a code object of its own: torch stops compiling a function after some shapes
-    own = call.__code__.replace(co_name=f"flex_rows_{next(_count)}")
-    compiled = torch.compile(types.FunctionType(own, globals(), closure=call.__closure__), dynamic=False)
-
-    def forward(q, k, v):
-        out = compiled(*(t.flatten(1, -3).transpose(1, 2) for t in (q, k, v)), mask)
-        return out.transpose(1, 2).reshape(q.shape), None
-
-    return forward
+    lengths = (tokens, tokens)
+    return BlockMask.from_kv_blocks(*tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, seq_lengths=lengths)
 
 
 _count = iter(range(10**9))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from .report import milliseconds
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -61,8 +63,10 @@ def draw_results(rows: list[dict[str, Any]], path: str | os.PathLike | None = No
         for row in own:
             middle, low, high = (float(row[key]) for key in ("speedup", "speedup_min", "speedup_max"))
             color = COLORS[peers.index(row["peer"]) % len(COLORS)]
-            axes.barh(place, middle, 0.8, color=color, xerr=[[middle - low], [high - middle]], error_kw={"lw": 0.8})
-            axes.text(high, place, f"  {row['peer']} {middle:.3g}x, {float(row['ms']):.3g} ms", fontsize=6, va="center")
+            whisker = {"xerr": [[middle - low], [high - middle]], "error_kw": {"lw": 0.8}}
+            axes.barh(place, middle - 1, 0.8, left=1, color=color, **whisker)
+            label = f"  {row['peer']} {middle:.3g}x, {milliseconds(row['ms'])} ms"
+            axes.text(max(high, 1), place, label, fontsize=6, va="center")
             place += 1
         ticks.append((place - len(own) / 2 - 0.5, f"{problem}\nagainst {own[0]['baseline']}"))
         place += 0.8
@@ -71,7 +75,8 @@ def draw_results(rows: list[dict[str, Any]], path: str | os.PathLike | None = No
     axes.set_xscale("log")
     if timed:
         axes.set_xlim(right=3 * max(float(row["speedup_max"]) for row in timed))
-        axes.set_title(f"{timed[-1]['device_name']}, {timed[-1]['threads']} threads, {timed[-1]['date']}", fontsize=8)
+        title = f"{timed[-1]['device_name']}, threads: {timed[-1]['threads']}, {timed[-1]['date']}"
+        axes.set_title(title, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times faster (log scale)", fontsize=8)
     if path is not None:

@@ -45,11 +45,11 @@ CPU = {
     "vit-56-small": _cpu(Neighborhood(7), (56, 56), head_dim=32, batch=2),
     "tiles-64": _cpu(SlidingTile(tile=8, window=3), (64, 64)),
     "video-8x24x24": _cpu(Neighborhood((5, 9, 9)), (8, 24, 24)),
-    "radial-small": _cpu(Radial(decay=0.2, block=64), (9, 24, 24)),
+    "radial-small": _cpu(Radial(decay=0.2, block=32), (18, 16, 24)),  # about as dense as radial-wan
     **GROWTH,
 }
 TINY = {
-    "tiny": _cpu(Neighborhood(3), (8, 8), heads=2, head_dim=16),
+    "tiny-plain": _cpu(Neighborhood(3), (8, 8), heads=2, head_dim=16),
     "tiny-lse": _cpu(Neighborhood(3), (8, 8), heads=2, head_dim=16, return_lse=True),
     "tiny-train": _cpu(Neighborhood(3), (8, 8), heads=2, head_dim=16, needs_grad=True),
     "tiny-radial": _cpu(Radial(decay=0.5, block=16), (3, 4, 8), heads=2, head_dim=16),
@@ -72,7 +72,7 @@ def pick(names: str | None, device: str) -> dict[str, Problem]:
             hint = f"; did you mean {close[0]}?" if close else "."
             known = f"Sets: {', '.join(SETS)}. Problems: {', '.join(PROBLEMS)}"
             raise ValueError(f"unknown problem {name!r}{hint} {known}")
-        chosen |= SETS.get(name) if name in SETS and name not in chosen else {name: PROBLEMS[name]}
+        chosen |= SETS.get(name) or {name: PROBLEMS[name]}
     return {name: dataclasses.replace(problem, device=device) for name, problem in chosen.items()}
 
 

@@ -19,20 +19,21 @@ def as_text(rows: list[Row]) -> str:
     baseline = next((row["baseline"] for row in rows if row["baseline"]), "baseline")
     bound = 1 / first["density"] if first["density"] else math.inf
     lines = [f"{first['problem']}: {first['what']}", f"  density {first['density']:.1%}, at most {bound:.3g} times"]
-    head = f"  {'peer':<14} {'ms':>9} {'min':>9} {'max':>9} {'CPU ms':>9}  {'over ' + baseline:<22}{'over ' + FLEX:<22}"
+    head = f"  {'peer':<14} {'ms':>9} {'min':>9} {'max':>9} {'CPU ms':>9}  {'over ' + baseline:<24}{'over ' + FLEX:<24}"
     lines.append(head + f"{'peak MB':>8}")
     for row in rows:
         if row["status"] != "ok":
             lines.append(f"  {row['peer']:<14} {row['status']}: {row['note']}")
             continue
-        times = " ".join(f"{_short(row[key]):>9}" for key in ("ms", "ms_min", "ms_max", "cpu_ms"))
-        ratios = "".join(f"{_ratio(row, key):<22}" for key in ("speedup", "over_flex"))
+        times = " ".join(f"{milliseconds(row[key]):>9}" for key in ("ms", "ms_min", "ms_max", "cpu_ms"))
+        ratios = "".join(f"{_ratio(row, key):<24}" for key in ("speedup", "over_flex"))
         lines.append(f"  {row['peer']:<14} {times}  {ratios}{row['peak_mb']!s:>8}  {row['note']}".rstrip())
     return "\n".join(lines)
 
 
-def _short(value: float | str) -> str:
-    return f"{value:.4g}" if value != "" else "-"
+def milliseconds(value: float | str) -> str:
+    """Three digits; "-" when there is no time."""
+    return "-" if value == "" else f"{float(value):.3g}" if float(value) < 100 else f"{float(value):.0f}"
 
 
 def _ratio(row: Row, key: str) -> str:
@@ -96,11 +97,12 @@ def bench_table(folder: Path = RESULTS) -> str:
 def _table(problems: dict[str, dict[str, Row]]) -> str:
     timed = [row for own in problems.values() for row in own.values() if row["status"] == "ok"]
     peers = list(dict.fromkeys(row["peer"] for row in timed))
-    some = timed[-1]
+    some = max(timed, key=lambda row: row["date"])
+    dates = " to ".join(sorted({min(row["date"] for row in timed), some["date"]}))
     versions = ", ".join(f"{name} {some[name]}" for name in ("torch", "triton", "natten") if some[name])
     baseline = next((row["baseline"] for row in timed if row["baseline"]), "")
     lines = [
-        f"{some['device_name']}, {some['threads']} threads; {some['date']}, {versions}. Milliseconds"
+        f"{some['device_name']}, threads: {some['threads']}; {dates}, {versions}. Milliseconds"
         + f", and in brackets how many times faster than {baseline}." * bool(baseline),
         "",
         f"| problem | density | {' | '.join(peers)} |",
@@ -118,4 +120,4 @@ def _cell(row: Row | None) -> str:
         return ""
     if row["status"] == "wrong":
         return "wrong"
-    return f"{float(row['ms']):.3g}" + (f" ({float(row['speedup']):.3g}x)" if row["speedup"] else "")
+    return milliseconds(row["ms"]) + (f" ({float(row['speedup']):.3g}x)" if row["speedup"] else "")

@@ -126,7 +126,7 @@ def _check(row: Row, outputs: list, samples: dict, problem: Problem, inputs: lis
 def _numbers(peer: str, taken: list[dict[str, tuple[float, float | None]]], baseline: str) -> Row:
     wall = [times[peer][0] for times in taken]
     middle, low, high = (round(value * 1e3, 4) for value in spread(wall))
-    row: Row = {"ms": middle, "ms_min": low, "ms_max": high, "rounds": len(taken)}
+    row: Row = {"ms": middle, "ms_min": low, "ms_max": high, "rounds": len(taken), "baseline": baseline}
     on_cpu = taken[0][peer][1] is not None
     if on_cpu:
         row["cpu_ms"] = round(statistics.median(times[peer][1] for times in taken) * 1e3, 4)
@@ -136,6 +136,4 @@ def _numbers(peer: str, taken: list[dict[str, tuple[float, float | None]]], base
             row |= {key + end: round(r, 3) for end, r in zip(("", "_min", "_max"), ratios, strict=True)}
             if on_cpu:
                 row[key + "_cpu"] = round(statistics.median(t[other][1] / t[peer][1] for t in taken), 3)
-    if baseline in taken[0]:
-        row["baseline"] = baseline
     return row

@@ -39,8 +39,7 @@ def clock(call: Call, device: str, repeat: int = 1) -> tuple[float, float | None
 
 
 def repeats(call: Call, device: str) -> int:
-    """How many calls make a measurement long enough; warms up as well."""
-    call()
+    """How many calls of one that is warm make a measurement long enough."""
     return max(1, min(100, round(SHORTEST / max(clock(call, device)[0], 1e-7))))
 
 
@@ -54,6 +53,7 @@ def interleave(calls: dict[str, Call], device: str, rounds: int) -> Iterator[dic
 
 def seconds_per_call(call: Call, device: str, rounds: int = 7) -> float:
     """Seconds of the fastest of some measurements: what the machine can do when nobody disturbs it."""
+    call()
     often = repeats(call, device)
     return min(clock(call, device, often)[0] for _ in range(rounds))
 
