@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from vision_attn.kernels.bench.pictures import draw_results
 from vision_attn.kernels.bench.problems import CPU, GPU, GROWTH, PROBLEMS, SETS, pick
 from vision_attn.kernels.bench.report import bench_table, growth, growth_text, read_csv
 from vision_attn.kernels.bench.run import COLUMNS, run
-from vision_attn.kernels.bench.timing import interleave, machine, peak_bytes, seconds_per_call
+from vision_attn.kernels.bench.timing import clock, interleave, machine, peak_bytes, seconds_per_call
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import FACTOR
 
@@ -210,10 +211,13 @@ def test_tiled_is_faster_than_dense_where_it_should_be():
     assert rows[1]["speedup_cpu"] > 1.3, rows
 
 
-def test_clock_of_a_known_wait():
-    import time
-
-    assert seconds_per_call(lambda: time.sleep(0.03), "cpu", rounds=2) == pytest.approx(0.03, rel=0.5)
+def test_clocks():
+    wall, cpu = clock(lambda: time.sleep(0.05), "cpu")
+    assert 0.05 <= wall and cpu < 0.04
+    torch.set_num_threads(2)
+    assert 0.05 <= seconds_per_call(lambda: time.sleep(0.05), "cpu", rounds=2)
+    torch.set_num_threads(1)
+    assert seconds_per_call(lambda: time.sleep(0.05), "cpu", rounds=2) < 0.04
 
 
 def test_problems():

@@ -52,10 +52,12 @@ def interleave(calls: dict[str, Call], device: str, rounds: int) -> Iterator[dic
 
 
 def seconds_per_call(call: Call, device: str, rounds: int = 7) -> float:
-    """Seconds of the fastest of some measurements: what the machine can do when nobody disturbs it."""
+    """Seconds of the fastest of some measurements: what the machine can do when nobody disturbs it. With one thread it
+    is CPU time, which others disturb least."""
     call()
     often = repeats(call, device)
-    return min(clock(call, device, often)[0] for _ in range(rounds))
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    return min(clock(call, device, often)[alone] for _ in range(rounds))
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
