@@ -75,7 +75,8 @@ class Simulation:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain |= {"pattern": self.pattern.to_dict(), "grid": list(self.grid), "dtype": short(self.dtype)}
         plain |= {"profile": dataclasses.asdict(self.profile), "tiles": [dataclasses.asdict(t) for t in self.tiles]}
-        plain["bound"] = None if math.isinf(self.bound) else self.bound
+        for each in (plain, *plain["tiles"]):  # nothing is visible: no bound, and JSON knows no infinity
+            each["bound"] = None if math.isinf(each["bound"]) else each["bound"]
         return plain | {"predicted": True}
 
     def __str__(self) -> str:
@@ -174,7 +175,8 @@ def simulate(
             seconds = slower(arithmetic, loads, copies if aligned else 0)
         tiles.append(Tiles(queries, keys, aligned, query_tile, key_tile, by_tiles, full, loads, seconds))
     seconds = {"dense": slower(flops * math.prod(grid) ** 2 / rates["dense"])} if "dense" in rates else {}
-    for way in rates.keys() - {"dense", "full", "masked"}:
+    ways = [] if isinstance(pattern, Dense) else [way for way in rates if way not in ("dense", "full", "masked")]
+    for way in ways:
         seconds[way] = slower(flops * gathered_pairs(pattern, grid) / rates[way])
     density = pattern.density(grid)
     by_density = 1 / density if density else math.inf

@@ -132,7 +132,7 @@ def test_lists_and_shapes_inside_boxes():
     assert all(t.full == 0 for t in simulate(Circle(16), (64, 64)).tiles)  # the corners of a box are outside the disc
     assert all(t.full == 0 for t in simulate(LengthDecay(4), (9, 8, 8)).tiles)  # every score is changed
     empty = simulate(BlockList.from_mask(torch.zeros(2, 2) > 0, 8), (16,))
-    assert math.isinf(empty.bound) and json.loads(json.dumps(empty.to_dict()))["bound"] is None
+    assert math.isinf(empty.bound) and json.loads(json.dumps(empty.to_dict(), allow_nan=False))["bound"] is None
     with pytest.raises(TypeError, match="one by one"):
         simulate(PerHead(((1, Dense()), (1, Neighborhood(3)))), (8, 8))
 
@@ -141,6 +141,10 @@ def test_predict():
     assert predict(Dense(), (128, 128), heads=8) == simulate(Neighborhood(3), (128, 128), heads=8).seconds["dense"]
     answer = simulate(Neighborhood(31), (128, 128), heads=8)
     assert predict(Neighborhood(31), (128, 128), heads=8) == min(t.seconds for t in answer.tiles) == answer.best[1]
+    own = {"device": "cpu-example", "dtype": torch.float32, "head_dim": 64}
+    answer = simulate(Neighborhood(13), (64, 64), **own)
+    assert answer.best[1] == min(answer.seconds[way] for way in ("tiled", "cpu")) < answer.seconds["dense"]
+    assert simulate(Dense(), (64, 64), **own).seconds == {"dense": predict(Dense(), (64, 64), **own)}
     with pytest.raises(ValueError, match="no rate for float32, only bfloat16, float16"):
         predict(Dense(), (8, 8), dtype=torch.float32)
 
