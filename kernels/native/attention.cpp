@@ -1,114 +1,131 @@
 // Attention of grid tokens on a CPU, with a plain C interface. See tile.h for the arithmetic.
 #include "call.h"
-#include "tile.h"
 
-// Queries of a tile as columns, times `scale`: [dim, WIDTH]. Lanes without a query get zeros.
-template <int NV>
-static void gather_columns(float* columns, const float* base, const int64_t* lane, int dim, float scale) {
-    constexpr int WIDTH = LANES * NV;
-    for (int i = 0; i < WIDTH; i++)
-        for (int d = 0; d < dim; d++) columns[d * WIDTH + i] = lane[i] < 0 ? 0.0f : base[lane[i] + d] * scale;
-}
-
-struct Lists {
-    std::vector<int64_t> key, value;
+struct List {
+    std::vector<int32_t> token;
     std::vector<uint32_t> lanes;
-    void clear() { key.clear(), value.clear(), lanes.clear(); }
-    void add(int64_t k, int64_t v, uint32_t seen) { key.push_back(k), value.push_back(v), lanes.push_back(seen); }
-    Keys view() const { return {(int64_t)key.size(), key.data(), value.data(), lanes.data()}; }
+    void clear() { token.clear(), lanes.clear(); }
+    void add(int64_t number, uint32_t seen) { token.push_back((int32_t)number), lanes.push_back(seen); }
+    void fill() {
+        while (token.size() % EIGHT) add(token.back(), 0);
+    }
+    Keys view() const { return {(int64_t)token.size(), token.data(), lanes.data()}; }
 };
 
-static void list_extra(const Call& call, int64_t batch, Lists& lists) {
-    lists.clear();
+// Every lane sees the extra tokens that are visible; they stand behind those of the grid.
+static void list_extra(const Call& call, int64_t batch, List& list) {
+    list.clear();
     for (int t = 0; t < call.extra; t++)
-        if (!call.visible || call.visible[batch * call.extra + t])
-            lists.add(t * call.extra_key.axis[0], t * call.extra_value.axis[0], ~0u);
+        if (!call.visible || call.visible[batch * call.extra + t]) list.add(call.tokens() + t, ~0u);
+    list.fill();
 }
 
-// The keys of all tiles of one kind, relative to their first key.
-static void list_box(const Call& call, const Boxes& boxes, const int32_t* kind, Lists& lists) {
-    const Side* side = boxes.side;
-    auto range = [&](int a, int& from, int& to) { from = side[a].start[kind[a]], to = side[a].start[kind[a] + 1]; };
-    int from[3], to[3];
-    for (int a = 0; a < 3; a++) range(a, from[a], to[a]);
-    lists.clear();
-    for (int x = from[0]; x < to[0]; x++)
-        for (int y = from[1]; y < to[1]; y++)
-            for (int z = from[2]; z < to[2]; z++) {
-                int64_t at[3] = {side[0].key[x], side[1].key[y], side[2].key[z]}, key = 0, value = 0;
-                for (int a = 0; a < 3; a++) key += at[a] * call.k.axis[a], value += at[a] * call.v.axis[a];
-                if (uint32_t seen = side[0].seen[x] & side[1].seen[y] & side[2].seen[z]) lists.add(key, value, seen);
-            }
+// The keys of the tiles of one kind, relative to the first of them.
+static void list_box(const Call& call, const Boxes& boxes, const int32_t* kind, List& list) {
+    const Side *a = boxes.side, *b = a + 1, *c = a + 2;
+    list.clear();
+    for (int x = a->start[kind[0]]; x < a->start[kind[0] + 1]; x++)
+        for (int y = b->start[kind[1]]; y < b->start[kind[1] + 1]; y++) {
+            const int64_t line = ((int64_t)a->key[x] * call.grid[1] + b->key[y]) * call.grid[2];
+            const uint32_t seen = a->seen[x] & b->seen[y];
+            for (int z = c->start[kind[2]]; z < c->start[kind[2] + 1]; z++)
+                if (seen & c->seen[z]) list.add(line + c->key[z], seen & c->seen[z]);
+        }
+    list.fill();
 }
+
+// One tile of boxes: whose turn it is.
+struct Place {
+    int64_t batch, kv_head, part, at[3];
+    int32_t kind[3];
+};
+
+static Place place(const Call& call, const Boxes& boxes, int64_t parts, int64_t job) {
+    Place p;
+    for (int a = 2; a >= 0; a--) {
+        p.at[a] = job % boxes.side[a].tiles, job /= boxes.side[a].tiles;
+        p.kind[a] = boxes.side[a].kind[p.at[a]];
+    }
+    p.part = job % parts, job /= parts;
+    p.kv_head = job % call.kv_heads, p.batch = job / call.kv_heads;
+    return p;
+}
+
+// Where the queries of a tile are, null and -1 where a lane has none.
+template <int NV>
+struct Lanes {
+    const float* q[LANES * NV];
+    int64_t row[LANES * NV];  // in [batch, tokens, heads]
+
+    void find(const Call& call, const Boxes& boxes, const Place& p) {
+        const Side* side = boxes.side;
+        int lane = 0;
+        for (int64_t g = p.part * boxes.group; g < (p.part + 1) * boxes.group; g++)
+            for (int x = 0; x < side[0].lanes; x++)
+                for (int y = 0; y < side[1].lanes; y++)
+                    for (int z = 0; z < side[2].lanes; z++, lane++) {
+                        const int64_t i = side[0].query[p.at[0] * side[0].lanes + x];
+                        const int64_t j = side[1].query[p.at[1] * side[1].lanes + y];
+                        const int64_t k = side[2].query[p.at[2] * side[2].lanes + z];
+                        if (g < call.group && i >= 0 && j >= 0 && k >= 0)
+                            set(call, lane, p.batch, p.kv_head * call.group + g, i, j, k);
+                        else
+                            q[lane] = nullptr, row[lane] = -1;
+                    }
+        for (; lane < LANES * NV; lane++) q[lane] = nullptr, row[lane] = -1;
+    }
+
+    void set(const Call& call, int lane, int64_t batch, int64_t head, int64_t i, int64_t j, int64_t k) {
+        const int64_t token = (i * call.grid[1] + j) * call.grid[2] + k;
+        q[lane] = call.q + batch * call.q_batch + head * call.q_head + i * call.q_axis[0] + j * call.q_axis[1] +
+                  k * call.q_axis[2];
+        row[lane] = (batch * call.tokens() + token) * call.group * call.kv_heads + head;
+    }
+};
 
 template <int NV>
 static int forward(const Call& call, const Boxes& boxes) {
     constexpr int WIDTH = LANES * NV;
     const Side* side = boxes.side;
-    const Sizes sizes{call.head_dim, call.value_dim};
+    const Sizes& sizes = call.sizes;
     const int64_t parts = (call.group + boxes.group - 1) / boxes.group;
     const int64_t tiles = int64_t(side[0].tiles) * side[1].tiles * side[2].tiles;
-    const int64_t jobs = tiles * parts * call.kv_heads * call.batch;
 
-    return share(call.threads, jobs, side[2].tiles, [&](auto next) {
-        Scratch scratch(sizeof(float) * WIDTH * (call.head_dim + CHUNK + 16 + call.value_dim));
+    return share(call.threads, tiles * parts * call.kv_heads * call.batch, side[2].tiles, [&](auto next) {
+        Scratch scratch(sizeof(float) * WIDTH * (sizes.key + CHUNK + 16 + sizes.value_step));
         Tile<NV> tile;
-        tile.columns = scratch.floats(WIDTH * call.head_dim);
+        tile.columns = scratch.floats(WIDTH * sizes.key);
         tile.scores = scratch.floats(WIDTH * (CHUNK + 16));
-        tile.out = scratch.floats(WIDTH * call.value_dim);
-        Lists box, extra;
-        int32_t kind[3], last[3] = {-1, -1, -1};
+        tile.out = scratch.floats(WIDTH * sizes.value_step);
+        Lanes<NV> lanes;
+        List box, extra;
+        int32_t kind[3] = {-1, -1, -1};
         int64_t extra_of = -1;
 
         for (int64_t job = next(); job >= 0; job = next()) {
-            int64_t at[3], rest = job;
-            for (int a = 2; a >= 0; a--) at[a] = rest % side[a].tiles, rest /= side[a].tiles;
-            const int64_t part = rest % parts, kv_head = rest / parts % call.kv_heads;
-            const int64_t batch = rest / parts / call.kv_heads;
-            for (int a = 0; a < 3; a++) kind[a] = side[a].kind[at[a]];
-            if (std::memcmp(kind, last, sizeof kind)) {
-                list_box(call, boxes, kind, box);
-                std::memcpy(last, kind, sizeof kind);
+            const Place p = place(call, boxes, parts, job);
+            if (std::memcmp(kind, p.kind, sizeof kind)) {
+                list_box(call, boxes, p.kind, box);
+                std::memcpy(kind, p.kind, sizeof kind);
             }
-            if (extra_of != batch) list_extra(call, extra_of = batch, extra);
+            if (extra_of != p.batch) list_extra(call, extra_of = p.batch, extra);
+            lanes.find(call, boxes, p);
+            gather_columns<NV>(tile.columns, lanes.q, sizes.key, call.scale * LOG2E);
 
-            int64_t query[WIDTH], out[WIDTH], lse[WIDTH], key = 0, value = 0;
-            for (int a = 0; a < 3; a++) {
-                key += side[a].first[at[a]] * call.k.axis[a];
-                value += side[a].first[at[a]] * call.v.axis[a];
-            }
-            int lane = 0;
-            for (int g = 0; g < boxes.group; g++)
-                for (int x = 0; x < side[0].lanes; x++)
-                    for (int y = 0; y < side[1].lanes; y++)
-                        for (int z = 0; z < side[2].lanes; z++, lane++) {
-                            const int64_t head = part * boxes.group + g;
-                            const int32_t spot[3] = {side[0].query[at[0] * side[0].lanes + x],
-                                                     side[1].query[at[1] * side[1].lanes + y],
-                                                     side[2].query[at[2] * side[2].lanes + z]};
-                            const bool real = head < call.group && spot[0] >= 0 && spot[1] >= 0 && spot[2] >= 0;
-                            query[lane] = out[lane] = lse[lane] = -1;
-                            if (!real) continue;
-                            auto offset = [&](const Rows& rows) {
-                                return head * rows.head + spot[0] * rows.axis[0] + spot[1] * rows.axis[1] +
-                                       spot[2] * rows.axis[2];
-                            };
-                            query[lane] = offset(call.q), out[lane] = offset(call.out), lse[lane] = offset(call.lse);
-                        }
-            for (; lane < WIDTH; lane++) query[lane] = out[lane] = lse[lane] = -1;
-
-            const int64_t first_head = kv_head * call.group;
-            gather_columns<NV>(tile.columns, call.q.at(batch, first_head), query, call.head_dim, call.scale * LOG2E);
+            const int64_t rows = (p.batch * call.kv_heads + p.kv_head) * call.rows();
+            const float *key = call.key + rows * sizes.key_step, *value = call.value + rows * sizes.value_step;
+            int64_t first = 0;
+            for (int a = 0; a < 3; a++) first = first * call.grid[a] + side[a].first[p.at[a]];
             auto attend = [&](bool careful) {
                 tile.careful = careful;
                 tile.start(sizes);
-                tile.absorb(box.view(), call.k.at(batch, kv_head) + key, call.v.at(batch, kv_head) + value, sizes);
-                tile.absorb(extra.view(), call.extra_key.at(batch, kv_head), call.extra_value.at(batch, kv_head), sizes);
+                tile.absorb(box.view(), key + first * sizes.key_step, value + first * sizes.value_step, sizes);
+                tile.absorb(extra.view(), key, value, sizes);
                 bool finite = true;
                 for (int i = 0; i < WIDTH; i++)
-                    if (out[i] >= 0) {
-                        finite &= tile.finish(i, call.out.at(batch, first_head) + out[i], call.value_dim);
-                        if (call.lse.data) call.lse.at(batch, first_head)[lse[i]] = tile.log_sum(i);
+                    if (const int64_t row = lanes.row[i]; row >= 0) {
+                        finite &= tile.finish(i, call.out + row * sizes.value, sizes);
+                        if (call.lse) call.lse[row] = tile.log_sum(i);
                     }
                 return finite;
             };

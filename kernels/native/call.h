@@ -9,12 +9,7 @@
 #include <thread>
 #include <vector>
 
-// A tensor of floats whose last dimension is contiguous; steps are counted in floats.
-struct Rows {
-    float* data;
-    int64_t batch, head, axis[3];
-    float* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
-};
+#include "tile.h"
 
 // One axis of a separable pattern, cut into tiles of queries. Tiles that look alike, keys and masks relative to their
 // first key, are of one kind.
@@ -34,11 +29,20 @@ struct Boxes {
     Side side[3];
 };
 
+// Tokens count over the grid; extra tokens follow them in `key` and `value`, [batch, kv_heads, tokens + extra, step].
 struct Call {
-    int32_t batch, kv_heads, group, head_dim, value_dim, extra, threads;
+    int32_t batch, kv_heads, group, threads, grid[3], extra;
+    Sizes sizes;
     float scale;
-    Rows q, k, v, out, lse, extra_key, extra_value;  // extra tokens step along axis 0
-    const uint8_t* visible;                          // [batch, extra], or null when all extra tokens are
+    const float* q;
+    int64_t q_batch, q_axis[3], q_head;  // steps in floats; the last dimension is contiguous
+    const float *key, *value;
+    const uint8_t* visible;  // [batch, extra], or null when all extra tokens are
+    float* out;              // [batch, tokens, heads, value]
+    float* lse;              // [batch, tokens, heads], or null
+
+    int64_t tokens() const { return (int64_t)grid[0] * grid[1] * grid[2]; }
+    int64_t rows() const { return tokens() + extra; }
 };
 
 // Memory of one thread, aligned for vectors and never cleared.

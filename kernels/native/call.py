@@ -5,68 +5,62 @@ from __future__ import annotations
 import ctypes
 
 import torch
-import torch.nn.functional as F
 
 from ..problem import Problem
 from .boxes import plan
 from .build import library
 
 
-class Rows(ctypes.Structure):
-    """As in call.h."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch", "head")] + [("axis", ctypes.c_int64 * 3)]
-
-
 class Call(ctypes.Structure):
     """As in call.h."""
 
     _fields_ = [
-        *((n, ctypes.c_int32) for n in ("batch", "kv_heads", "group", "head_dim", "value_dim", "extra", "threads")),
+        *((n, ctypes.c_int32) for n in ("batch", "kv_heads", "group", "threads")),
+        ("grid", ctypes.c_int32 * 3),
+        *((n, ctypes.c_int32) for n in ("extra", "key", "value", "key_step", "value_step")),
         ("scale", ctypes.c_float),
-        *((n, Rows) for n in ("q", "k", "v", "out", "lse", "extra_key", "extra_value")),
-        ("visible", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("q_batch", ctypes.c_int64),
+        ("q_axis", ctypes.c_int64 * 3),
+        ("q_head", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("keys", "values", "visible", "out", "lse")),
     ]
 
 
-def _rows(tensor: torch.Tensor | None, tail: int = 1) -> Rows:
-    """Strides of `[batch, *grid, heads, dim]`; with `tail` 0 of `[batch, *grid, heads]`."""
-    if tensor is None:
-        return Rows()
-    stride = tensor.stride()
-    inner = stride[1 : len(stride) - 1 - tail]
-    return Rows(tensor.data_ptr(), stride[0], stride[-1 - tail], (0,) * (3 - len(inner)) + inner)
-
-
-def _ready(tensor: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-    """float32, the last dimension contiguous and padded to a multiple."""
-    tensor = tensor.float()
-    if tensor.shape[-1] % multiple:
-        return F.pad(tensor, (0, -tensor.shape[-1] % multiple))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _pack(tensor: torch.Tensor, extra: torch.Tensor | None, lanes: int) -> torch.Tensor:
+    """`[batch, *grid, heads, dim]` and `[batch, extra, heads, dim]` to float32 `[batch, heads, tokens + extra, step]`."""
+    tensor, dim = tensor.flatten(1, -3), tensor.shape[-1]
+    tokens, more = tensor.shape[1], 0 if extra is None else extra.shape[1]
+    step = -(-dim // lanes) * lanes
+    make = torch.empty if step == dim else torch.zeros
+    packed = make(tensor.shape[0], tensor.shape[2], tokens + more, step)
+    packed[:, :, :tokens, :dim] = tensor.transpose(1, 2)
+    if extra is not None:
+        packed[:, :, tokens:, :dim] = extra.transpose(1, 2)
+    return packed
 
 
 def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask):
     lib = library()
     lanes = lib.vision_attn_lanes()
-    q, k, v = _ready(q), _ready(k), _ready(v, lanes)
-    value_dim = v.shape[-1]
-    out = q.new_empty(*q.shape[:-1], value_dim)
+    q = q.float()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    extra_key, extra_value = extra_kv or (None, None)
+    key, value = _pack(k, extra_key, lanes), _pack(v, extra_value, lanes)
+    out = q.new_empty(*q.shape[:-1], problem.value_dim)
     lse = q.new_empty(q.shape[:-1]) if problem.return_lse else None
-    extra_key = extra_value = None
-    if extra_kv is not None:
-        extra_key, extra_value = _ready(extra_kv[0]), _ready(extra_kv[1], lanes)
     visible = None if extra_mask is None else extra_mask.contiguous()
     group = problem.heads // problem.kv_heads
-    extra_rows = [Rows() if t is None else Rows(t.data_ptr(), t.stride(0), t.stride(2), (t.stride(1), 0, 0))
-                  for t in (extra_key, extra_value)]
+    pad = (0,) * (3 - len(problem.grid))
+    stride = q.stride()
     args = Call(
-        problem.batch, problem.kv_heads, group, problem.head_dim, value_dim, problem.extra, torch.get_num_threads(),
-        scale, _rows(q), _rows(k), _rows(v), _rows(out), _rows(lse, 0), *extra_rows,
-        None if visible is None else visible.data_ptr(),
-    )
+        problem.batch, problem.kv_heads, group, torch.get_num_threads(),
+        (*(1 for _ in pad), *problem.grid), problem.extra,
+        problem.head_dim, problem.value_dim, key.shape[-1], value.shape[-1], scale,
+        q.data_ptr(), stride[0], pad + stride[1:-2], stride[-2],
+        *(None if t is None else t.data_ptr() for t in (key, value, visible, out, lse)),
+    )  # fmt: skip
     boxes = plan(problem.pattern, problem.grid, group, lanes).boxes
     if lib.vision_attn_forward_boxes(ctypes.byref(args), ctypes.byref(boxes)):
         raise MemoryError("the CPU kernel ran out of memory")
-    out = out[..., : problem.value_dim].to(problem.dtype)
-    return out, lse
+    return out.to(problem.dtype), lse

@@ -6,87 +6,114 @@
 
 #include "vector.h"
 
-constexpr int CHUNK = 256;                        // keys at a time: their scores stay in the first-level cache
-constexpr float LOG2E = 1.4426950408889634f;      // scores are kept in units of log 2
+constexpr int EIGHT = 8;
+constexpr int CHUNK = 256;                    // keys at a time: their scores stay in the first-level cache
+constexpr int BLOCK = 64;                     // keys whose rows are read several times over
+constexpr int GROUP = 4;                      // lanes whose sums are kept in registers together,
+constexpr int MOST = LANES == 16 ? 4 : 2;     // for so many vectors of a row
+constexpr float LOG2E = 1.4426950408889634f;  // scores are kept in units of log 2
 constexpr double LN2 = 0.6931471805599453;
 
-// Keys of a tile: where their rows start, counted in floats from a base, and which lanes see them.
+// Keys of a tile: token numbers counted from a base, and which lanes see them. There are a multiple of EIGHT; those that
+// fill it up repeat a token that no lane sees again.
 struct Keys {
     int64_t count;
-    const int64_t *key, *value;
+    const int32_t* token;
     const uint32_t* lanes;
 };
 
+// Numbers per row, and floats from one row to the next: the same, rounded up to whole vectors.
 struct Sizes {
-    int head_dim, value_dim;  // value_dim is a multiple of LANES
+    int key, value, key_step, value_step;
 };
 
 template <int NV>
 struct Tile {
     static constexpr int WIDTH = LANES * NV;
     static constexpr int KEYS = NV == 1 || LANES == 16 ? 8 : 4;  // as many as fit the registers
-    float *columns;  // queries times scale, [head_dim, WIDTH]
-    float *scores;   // [CHUNK + KEYS, WIDTH]
-    float *out;      // [WIDTH, value_dim]
+    float* columns;  // queries times scale, [key, WIDTH]
+    float* scores;   // [CHUNK + KEYS, WIDTH]
+    float* out;      // [WIDTH, value_step]
     vec top[NV], sum[NV];
-    bool careful;    // values that are not finite must not reach lanes that do not see them
+    bool careful;  // values that are not finite must not reach lanes that do not see them
 
     void start(const Sizes& sizes) {
         for (int n = 0; n < NV; n++) top[n] = splat(NOTHING), sum[n] = vec{};
-        std::memset(out, 0, sizeof(float) * WIDTH * sizes.value_dim);
-    }
-
-    // Scores of `count` keys into `scores`, minus infinity where a lane does not see the key; returns the largest.
-    void score(const Keys& keys, int64_t first, int count, const float* key, const Sizes& sizes, vec (&most)[NV]) {
-        for (int j = 0; j < count; j += KEYS) {
-            const float* row[KEYS];
-            uint32_t lanes[KEYS];
-            UNROLL for (int i = 0; i < KEYS; i++) {
-                bool real = j + i < count;  // what is left over repeats a row that no lane sees
-                row[i] = key + keys.key[first + (real ? j + i : j)];
-                lanes[i] = real ? keys.lanes[first + j + i] : 0;
-            }
-            vec dots[KEYS][NV];
-            dot_rows<KEYS, NV>(row, columns, sizes.head_dim, dots);
-            UNROLL for (int i = 0; i < KEYS; i++)
-                UNROLL for (int n = 0; n < NV; n++) {
-                    vec s = named(lanes[i] >> (n * LANES)) ? dots[i][n] : splat(NOTHING);
-                    store(scores + (j + i) * WIDTH + n * LANES, s);
-                    most[n] = larger(most[n], s);
-                }
-        }
+        std::memset(out, 0, sizeof(float) * WIDTH * sizes.value_step);
     }
 
     // Take in a list of keys: one chunk after the other, with a running maximum and sum.
-    void absorb(const Keys& keys, const float* key, const float* value, const Sizes& sizes) {
-        for (int64_t first = 0; first < keys.count; first += CHUNK) {
-            int count = keys.count - first < CHUNK ? int(keys.count - first) : CHUNK;
+    void absorb(Keys keys, const float* key, const float* value, const Sizes& sizes) {
+        for (; keys.count > 0; keys.count -= CHUNK, keys.token += CHUNK, keys.lanes += CHUNK) {
+            const int count = keys.count < CHUNK ? int(keys.count) : CHUNK;
             vec most[NV], base[NV];
             for (int n = 0; n < NV; n++) most[n] = top[n];
-            score(keys, first, count, key, sizes, most);
+            score(keys, count, key, sizes, most);
             for (int n = 0; n < NV; n++) {
                 base[n] = most[n] == NOTHING ? vec{} : most[n];  // nothing seen so far
-                rescale(n, exp2(top[n] - base[n]), sizes.value_dim);
+                rescale(n, exp2(top[n] - base[n]), sizes.value_step);
                 top[n] = most[n];
             }
-            for (int j = 0; j < count; j++)
-                UNROLL for (int n = 0; n < NV; n++) {
-                    float* at = scores + j * WIDTH + n * LANES;
-                    vec s = load(at), p = exp2(s - base[n]);
-                    p = s == NOTHING ? vec{} : p;
-                    store(at, p);
-                    sum[n] += p;
-                }
+            weigh(count, base);
             if (careful)
-                add_careful(count, value, keys.value + first, sizes.value_dim);
+                add_careful(keys.token, count, value, sizes.value_step);
             else
-                add(out, sizes.value_dim, count, value, keys.value + first);
+                add(out, sizes.value_step, keys, count, value);
         }
+    }
+
+    // Scores of `count` keys, minus infinity where a lane does not see the key; `most` becomes the largest.
+    APART void score(const Keys& keys, int count, const float* key, const Sizes& sizes, vec (&most)[NV]) {
+        for (int j = 0; j < count; j += KEYS) {
+            const float* row[KEYS];
+            uint32_t lanes[KEYS], any = 0;
+            UNROLL for (int i = 0; i < KEYS; i++) {
+                row[i] = key + (int64_t)keys.token[j + i] * sizes.key_step;
+                any |= lanes[i] = keys.lanes[j + i];
+            }
+            float* at = scores + j * WIDTH;
+            const bool left = any & ((1ull << LANES) - 1), right = NV == 2 && any >> LANES % 32;
+            if (NV == 1 || (left && right)) {
+                score_some<0, NV>(row, lanes, at, sizes.key, most);
+            } else if (left) {
+                score_some<0, 1>(row, lanes, at, sizes.key, most);
+                UNROLL for (int i = 0; i < KEYS; i++) store(at + i * WIDTH + LANES, splat(NOTHING));
+            } else {
+                UNROLL for (int i = 0; i < KEYS; i++) store(at + i * WIDTH, splat(NOTHING));
+                score_some<NV - 1, 1>(row, lanes, at, sizes.key, most);
+            }
+        }
+    }
+
+    template <int FIRST, int COUNT>
+    INLINE void score_some(const float* const (&row)[KEYS], const uint32_t (&lanes)[KEYS], float* at, int dim,
+                           vec (&most)[NV]) {
+        vec dots[KEYS][COUNT];
+        dot_rows<KEYS, COUNT>(row, columns + FIRST * LANES, WIDTH, dim, dots);
+        UNROLL for (int i = 0; i < KEYS; i++)
+            UNROLL for (int n = 0; n < COUNT; n++) {
+                const int v = FIRST + n;
+                vec s = named(lanes[i] >> (v * LANES)) ? dots[i][n] : splat(NOTHING);
+                store(at + i * WIDTH + v * LANES, s);
+                most[v] = larger(most[v], s);
+            }
+    }
+
+    // Scores to weights, which are 0 where a lane does not see the key.
+    APART void weigh(int count, const vec (&base)[NV]) {
+        for (int j = 0; j < count; j++)
+            UNROLL for (int n = 0; n < NV; n++) {
+                float* at = scores + j * WIDTH + n * LANES;
+                vec s = load(at), p = exp2(s - base[n]);
+                p = s == NOTHING ? vec{} : p;
+                store(at, p);
+                sum[n] += p;
+            }
     }
 
     void rescale(int n, vec by, int width) {
         bool same = true;
-        for (int i = 0; i < LANES; i++) same &= by[i] == 1.0f;
+        for (int i = 0; i < LANES; i++) same &= by[i] == 1.0f || sum[n][i] == 0.0f;
         if (same) return;
         sum[n] *= by;
         for (int i = 0; i < LANES; i++)
@@ -96,38 +123,48 @@ struct Tile {
             }
     }
 
-    // into[lane] += sum over keys of scores[key][lane] * row[key]
-    void add(float* into, int width, int count, const float* base, const int64_t* offset) {
-        constexpr int MOST = LANES == 16 ? 4 : 2;  // vectors of a row at a time, as many as fit the registers
-        int c = 0;
-        for (; c + MOST * LANES <= width; c += MOST * LANES)
-            for (int i = 0; i < WIDTH; i += 4)
-                add_rows<4, MOST>(into + i * width + c, width, scores + i, WIDTH, count, base + c, offset);
-        for (; c < width; c += LANES)
-            for (int i = 0; i < WIDTH; i += 4)
-                add_rows<4, 1>(into + i * width + c, width, scores + i, WIDTH, count, base + c, offset);
+    // into[lane] += sum over keys of scores[key][lane] * row[key], for so few keys at a time that their rows stay near
+    APART void add(float* into, int width, const Keys& keys, int count, const float* base) {
+        for (int first = 0; first < count; first += BLOCK) {
+            const int stop = first + BLOCK < count ? first + BLOCK : count;
+            for (int i = 0; i < WIDTH; i += GROUP) {
+                const uint32_t some = ((1u << GROUP) - 1) << i;
+                int from = first, to = stop;
+                while (from < to && !(keys.lanes[from] & some)) from++;
+                while (from < to && !(keys.lanes[to - 1] & some)) to--;
+                const float* weight = scores + from * WIDTH + i;
+                const int32_t* token = keys.token + from;
+                int c = 0;
+                for (; c + MOST * LANES <= width; c += MOST * LANES)
+                    add_rows<GROUP, MOST>(into + i * width + c, width, weight, WIDTH, base + c, token, to - from);
+                for (; c < width; c += LANES)
+                    add_rows<GROUP, 1>(into + i * width + c, width, weight, WIDTH, base + c, token, to - from);
+            }
+        }
     }
 
-    void add_careful(int count, const float* base, const int64_t* offset, int width) {
+    void add_careful(const int32_t* token, int count, const float* base, int width) {
         for (int j = 0; j < count; j++)
             for (int i = 0; i < WIDTH; i++)
-                if (float p = scores[j * WIDTH + i]; p != 0)
-                    for (int c = 0; c < width; c++) out[i * width + c] += p * base[offset[j] + c];
+                if (const float p = scores[j * WIDTH + i]; p != 0)
+                    for (int c = 0; c < width; c++) out[i * width + c] += p * base[(int64_t)token[j] * width + c];
     }
 
     float log_sum(int lane) const {  // natural log of the sum of exponentials
-        float total = sum[lane / LANES][lane % LANES];
+        const float total = sum[lane / LANES][lane % LANES];
         return total == 0 ? NOTHING : float((top[lane / LANES][lane % LANES] + std::log2((double)total)) * LN2);
     }
 
-    // One row of the result; false when it holds anything that is not finite.
-    bool finish(int lane, float* row, int width) const {
-        float total = sum[lane / LANES][lane % LANES];
-        float by = total == 0 ? 0.0f : 1.0f / total;
+    // Divide the sums of a lane and write them to `row`; false when any of them is not finite.
+    bool finish(int lane, float* row, const Sizes& sizes) const {
+        const float total = sum[lane / LANES][lane % LANES], by = total == 0 ? 0.0f : 1.0f / total;
         vec odd = vec{};
-        for (int c = 0; c < width; c += LANES) {
-            vec x = load(out + lane * width + c) * by;
-            store(row + c, x);
+        for (int c = 0; c < sizes.value; c += LANES) {
+            const vec x = load(out + lane * sizes.value_step + c) * by;
+            if (c + LANES <= sizes.value)
+                store(row + c, x);
+            else
+                std::memcpy(row + c, &x, sizeof(float) * (sizes.value - c));
             odd += x * 0.0f;
         }
         float rest = 0;
@@ -135,3 +172,24 @@ struct Tile {
         return rest == 0;
     }
 };
+
+// Rows of `dim` floats, one per lane, as columns times `scale`: [dim, WIDTH]. Lanes without a row get zeros.
+template <int NV>
+static APART void gather_columns(float* columns, const float* const* lane, int dim, float scale) {
+    for (int n = 0; n < NV; n++)
+        for (int d = 0; d < dim; d += LANES) {
+            const int some = dim - d < LANES ? dim - d : LANES;
+            vec block[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const float* row = lane[n * LANES + i];
+                if (!row || some < LANES) {
+                    block[i] = vec{};
+                    if (row) std::memcpy(&block[i], row + d, sizeof(float) * some);
+                } else {
+                    block[i] = load(row + d);
+                }
+            }
+            transpose(block);
+            for (int i = 0; i < some; i++) store(columns + ((d + i) * NV + n) * LANES, block[i] * scale);
+        }
+}

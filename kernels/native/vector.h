@@ -9,6 +9,8 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
@@ -39,34 +41,60 @@ static INLINE vec exp2(vec x) {
     return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
-// dots[key][lane] = sum over d of row[key][d] * columns[d][lane]; rows stay where they are, columns are [dim, LANES * NV].
-template <int KEYS, int NV>
-static INLINE void dot_rows(const float* const* row, const float* columns, int dim, vec (&dots)[KEYS][NV]) {
-    const float* r[KEYS];
-    UNROLL for (int j = 0; j < KEYS; j++) {
-        r[j] = row[j];
-        UNROLL for (int n = 0; n < NV; n++) dots[j][n] = vec{};
-    }
-    for (int d = 0; d < dim; d++) {
-        vec c[NV];
-        UNROLL for (int n = 0; n < NV; n++) c[n] = load(columns + (d * NV + n) * LANES);
-        UNROLL for (int j = 0; j < KEYS; j++) {
-            float x = r[j][d];
-            UNROLL for (int n = 0; n < NV; n++) dots[j][n] += x * c[n];
+// Rows to columns: the blocks off the diagonal change places, for blocks of 1, 2, 4, ...
+static INLINE void transpose(vec (&row)[LANES]) {
+    UNROLL for (int step = 1; step < LANES; step *= 2) {
+        ivec low, high;
+        UNROLL for (int i = 0; i < LANES; i++) {
+            low[i] = i & step ? LANES + i - step : i;
+            high[i] = i & step ? LANES + i : i + step;
         }
+        UNROLL for (int i = 0; i < LANES; i++)
+            if (!(i & step)) {
+                vec a = row[i], b = row[i + step];
+                row[i] = __builtin_shuffle(a, b, low);
+                row[i + step] = __builtin_shuffle(a, b, high);
+            }
     }
+}
+
+// dots[key][lane] = sum over d of row[key][d] * columns[d][lane], for KEYS rows that stay where they are; a row of
+// columns is `step` floats long. With one vector per key, odd and even d are summed apart: more sums are under way.
+template <int KEYS, int NV>
+static INLINE void dot_rows(const float* const (&row)[KEYS], const float* columns, int step, int dim,
+                            vec (&dots)[KEYS][NV]) {
+    constexpr int SETS = NV == 1 && LANES == 16 ? 2 : 1;
+    vec sum[SETS][KEYS][NV];
+    UNROLL for (int a = 0; a < SETS; a++)
+        UNROLL for (int j = 0; j < KEYS; j++)
+            UNROLL for (int n = 0; n < NV; n++) sum[a][j][n] = vec{};
+    auto add = [&](int a, int d) INLINE_LAMBDA {
+        vec c[NV];
+        UNROLL for (int n = 0; n < NV; n++) c[n] = load(columns + d * step + n * LANES);
+        UNROLL for (int j = 0; j < KEYS; j++) {
+            const float x = row[j][d];
+            UNROLL for (int n = 0; n < NV; n++) sum[a][j][n] += x * c[n];
+        }
+    };
+    int d = 0;
+    for (; d + SETS <= dim; d += SETS)
+        UNROLL for (int a = 0; a < SETS; a++) add(a, d + a);
+    for (; d < dim; d++) add(0, d);
+    UNROLL for (int j = 0; j < KEYS; j++)
+        UNROLL for (int n = 0; n < NV; n++) dots[j][n] = SETS == 2 ? sum[0][j][n] + sum[SETS - 1][j][n] : sum[0][j][n];
 }
 
 // out[lane] += sum over keys of weight[key][lane] * row[key], for ROWS lanes and COLUMNS vectors of every row.
 template <int ROWS, int COLUMNS>
-static INLINE void add_rows(float* out, int width, const float* weight, int lanes, int count, const float* base,
-                            const int64_t* offset) {
+static INLINE void add_rows(float* out, int width, const float* weight, int lanes, const float* base,
+                            const int32_t* token, int count) {
     vec sum[ROWS][COLUMNS];
     UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int c = 0; c < COLUMNS; c++) sum[i][c] = load(out + i * width + c * LANES);
     for (int j = 0; j < count; j++) {
+        const float* row = base + (int64_t)token[j] * width;
         vec x[COLUMNS];
-        UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(base + offset[j] + c * LANES);
+        UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(row + c * LANES);
         UNROLL for (int i = 0; i < ROWS; i++) {
             float w = weight[j * lanes + i];
             UNROLL for (int c = 0; c < COLUMNS; c++) sum[i][c] += w * x[c];
