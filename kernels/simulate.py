@@ -66,9 +66,11 @@ class Simulation:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """The fastest sparse way and its predicted seconds."""
+        """The fastest way that leaves out what is not visible, and its predicted seconds; any way for `Dense`."""
         ways = {f"{_pair(t)} {_kind(self.pattern, t)}": t.seconds for t in self.tiles if t.seconds is not None}
-        ways |= {way: seconds for way, seconds in self.seconds.items() if way != "dense"}
+        ways |= {
+            way: seconds for way, seconds in self.seconds.items() if way != "dense" or isinstance(self.pattern, Dense)
+        }
         return min(ways.items(), key=lambda item: item[1]) if ways else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Simulation:
             known = ", ".join(profile.flops_per_s)
             return [*lines, f"  no rate for {short(self.dtype)} in this profile; it has {known}"]
         lines += [f"  {way:<8} {_time(seconds)}" for way, seconds in self.seconds.items()]
-        if self.best and "dense" in self.seconds:
+        if self.best and "dense" in self.seconds and not isinstance(self.pattern, Dense):
             way, seconds = self.best
             lines.append(f"  {self.seconds['dense'] / seconds:.3g} times faster than dense with {way}")
         if profile.head_dim != self.head_dim:
