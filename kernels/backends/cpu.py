@@ -1,14 +1,16 @@
-"""The native CPU kernel: vector instructions of the processor, compiled on first use. See `kernels/native`."""
+"""The native CPU kernel: written for the vector instructions of the processor, compiled on first use. See
+`kernels/native`."""
 
 from __future__ import annotations
 
 import torch
 
 from ..native import build, call
-from ..patterns import Separable
+from ..patterns import Blocked, Separable
 from ..problem import Problem
 
-missing_native = build.missing
+# Have the kernel ready to run, compiling it where need be; False when that failed, and then `missing` says why.
+load = build.load
 
 
 def missing(device: str) -> list[str]:
@@ -16,21 +18,19 @@ def missing(device: str) -> list[str]:
 
 
 def limits(problem: Problem) -> list[str]:
-    reasons = []
+    pattern, reasons = problem.pattern, []
     if problem.device != "cpu":
         reasons.append("only cpu tensors")
     if problem.dtype == torch.float64:
         reasons.append("no float64: the kernel sums in float32")
-    if not isinstance(problem.pattern, Separable):
-        reasons.append("only separable patterns")
-    elif type(problem.pattern).inside is not Separable.inside:
-        reasons.append(f"does not know the shape of {type(problem.pattern).__name__}")
-    if type(problem.pattern).score_rule is not Separable.score_rule:
-        reasons.append("no score rule")
+    if not isinstance(pattern, (Separable, Blocked)):
+        reasons.append(f"{type(pattern).__name__} gives neither intervals nor block lists")
+    if isinstance(pattern, Separable) and type(pattern).inside is not Separable.inside:
+        reasons.append(f"does not know the shape of {type(pattern).__name__}, which is no product over the axes")
+    if type(pattern).score_rule is not Separable.score_rule:
+        reasons.append(f"no score rule, which {type(pattern).__name__} has")
     if problem.bias:
         reasons.append("no bias")
-    if problem.needs_grad:
-        reasons.append("no gradients")
     return reasons
 
 
@@ -39,4 +39,37 @@ def by_name_only(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):
-    return call.forward(problem, q, k, v, scale, extra_kv, extra_mask)
+    if problem.needs_grad and not problem.in_graph:
+        out, lse = _Attend.apply(problem, scale, extra_mask, q, k, v, *(extra_kv or (None, None)))
+    else:
+        out, lse = call.forward(problem, q, k, v, scale, extra_kv, extra_mask, problem.return_lse)
+    return out.to(problem.dtype), lse if problem.return_lse else None
+
+
+def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse):
+    """Gradients of q, k, v and the extra keys and values, without autograd; None where there is no such input."""
+    if out is None or lse is None or out.dtype != torch.float32:
+        out, lse = call.forward(problem, q, k, v, scale, extra_kv, extra_mask, True)
+    grad_lse = grad_lse if problem.return_lse else None
+    inputs = (q, k, v, *(extra_kv or (None, None)))
+    args = (scale, extra_kv, extra_mask, out.contiguous(), lse.contiguous(), grad_out, grad_lse)
+    grads = call.backward(problem, q, k, v, *args)
+    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)] + [None]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem, scale, extra_mask, q, k, v, extra_key, extra_value):
+        extra_kv = None if extra_key is None else (extra_key, extra_value)
+        out, lse = call.forward(problem, q, k, v, scale, extra_kv, extra_mask, True)
+        ctx.save_for_backward(q, k, v, extra_key, extra_value, extra_mask, out, lse)
+        ctx.problem, ctx.scale = problem, scale
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, extra_key, extra_value, extra_mask, out, lse = ctx.saved_tensors
+        extra_kv = None if extra_key is None else (extra_key, extra_value)
+        grads = backward(ctx.problem, q, k, v, ctx.scale, extra_kv, extra_mask, None, out, lse, grad_out, grad_lse)
+        return None, None, None, *grads[:5]

@@ -1,129 +1,41 @@
-// Attention of grid tokens on a CPU, with a plain C interface. See tile.h for the arithmetic.
-#include "call.h"
+// Attention of grid tokens on a CPU, with a plain C interface. See tile.h and gradient.h for the arithmetic.
+#include <algorithm>
 
-struct List {
-    std::vector<int32_t> token;
-    std::vector<uint32_t> lanes;
-    void clear() { token.clear(), lanes.clear(); }
-    void add(int64_t number, uint32_t seen) { token.push_back((int32_t)number), lanes.push_back(seen); }
-    void fill() {
-        while (token.size() % EIGHT) add(token.back(), 0);
-    }
-    Keys view() const { return {(int64_t)token.size(), token.data(), lanes.data()}; }
-};
+#include "gradient.h"
+#include "sources.h"
 
-// Every lane sees the extra tokens that are visible; they stand behind those of the grid.
-static void list_extra(const Call& call, int64_t batch, List& list) {
-    list.clear();
-    for (int t = 0; t < call.extra; t++)
-        if (!call.visible || call.visible[batch * call.extra + t]) list.add(call.tokens() + t, ~0u);
-    list.fill();
-}
-
-// The keys of the tiles of one kind, relative to the first of them.
-static void list_box(const Call& call, const Boxes& boxes, const int32_t* kind, List& list) {
-    const Side *a = boxes.side, *b = a + 1, *c = a + 2;
-    list.clear();
-    for (int x = a->start[kind[0]]; x < a->start[kind[0] + 1]; x++)
-        for (int y = b->start[kind[1]]; y < b->start[kind[1] + 1]; y++) {
-            const int64_t line = ((int64_t)a->key[x] * call.grid[1] + b->key[y]) * call.grid[2];
-            const uint32_t seen = a->seen[x] & b->seen[y];
-            for (int z = c->start[kind[2]]; z < c->start[kind[2] + 1]; z++)
-                if (seen & c->seen[z]) list.add(line + c->key[z], seen & c->seen[z]);
-        }
-    list.fill();
-}
-
-// One tile of boxes: whose turn it is.
-struct Place {
-    int64_t batch, kv_head, part, at[3];
-    int32_t kind[3];
-};
-
-static Place place(const Call& call, const Boxes& boxes, int64_t parts, int64_t job) {
-    Place p;
-    for (int a = 2; a >= 0; a--) {
-        p.at[a] = job % boxes.side[a].tiles, job /= boxes.side[a].tiles;
-        p.kind[a] = boxes.side[a].kind[p.at[a]];
-    }
-    p.part = job % parts, job /= parts;
-    p.kv_head = job % call.kv_heads, p.batch = job / call.kv_heads;
-    return p;
-}
-
-// Where the queries of a tile are, null and -1 where a lane has none.
-template <int NV>
-struct Lanes {
-    const float* q[LANES * NV];
-    int64_t row[LANES * NV];  // in [batch, tokens, heads]
-
-    void find(const Call& call, const Boxes& boxes, const Place& p) {
-        const Side* side = boxes.side;
-        int lane = 0;
-        for (int64_t g = p.part * boxes.group; g < (p.part + 1) * boxes.group; g++)
-            for (int x = 0; x < side[0].lanes; x++)
-                for (int y = 0; y < side[1].lanes; y++)
-                    for (int z = 0; z < side[2].lanes; z++, lane++) {
-                        const int64_t i = side[0].query[p.at[0] * side[0].lanes + x];
-                        const int64_t j = side[1].query[p.at[1] * side[1].lanes + y];
-                        const int64_t k = side[2].query[p.at[2] * side[2].lanes + z];
-                        if (g < call.group && i >= 0 && j >= 0 && k >= 0)
-                            set(call, lane, p.batch, p.kv_head * call.group + g, i, j, k);
-                        else
-                            q[lane] = nullptr, row[lane] = -1;
-                    }
-        for (; lane < LANES * NV; lane++) q[lane] = nullptr, row[lane] = -1;
-    }
-
-    void set(const Call& call, int lane, int64_t batch, int64_t head, int64_t i, int64_t j, int64_t k) {
-        const int64_t token = (i * call.grid[1] + j) * call.grid[2] + k;
-        q[lane] = call.q + batch * call.q_batch + head * call.q_head + i * call.q_axis[0] + j * call.q_axis[1] +
-                  k * call.q_axis[2];
-        row[lane] = (batch * call.tokens() + token) * call.group * call.kv_heads + head;
-    }
-};
-
-template <int NV>
-static int forward(const Call& call, const Boxes& boxes) {
+template <int NV, class Source, class Plan>
+static int forward(const Call& call, const Plan& plan) {
     constexpr int WIDTH = LANES * NV;
-    const Side* side = boxes.side;
     const Sizes& sizes = call.sizes;
-    const int64_t parts = (call.group + boxes.group - 1) / boxes.group;
-    const int64_t tiles = int64_t(side[0].tiles) * side[1].tiles * side[2].tiles;
+    const int64_t tiles = Source::tiles(call, plan), heads = (int64_t)call.kv_heads * call.batch;
 
-    return share(call.threads, tiles * parts * call.kv_heads * call.batch, side[2].tiles, [&](auto next) {
-        Scratch scratch(sizeof(float) * WIDTH * (sizes.key + CHUNK + 16 + sizes.value_step));
+    return share(call.threads, tiles * heads, Source::run(call, plan), [&](auto next) {
+        Scratch scratch;
         Tile<NV> tile;
         tile.columns = scratch.floats(WIDTH * sizes.key);
-        tile.scores = scratch.floats(WIDTH * (CHUNK + 16));
+        tile.scores = scratch.floats(WIDTH * (CHUNK + EIGHT));
         tile.out = scratch.floats(WIDTH * sizes.value_step);
-        Lanes<NV> lanes;
-        List box, extra;
-        int32_t kind[3] = {-1, -1, -1};
+        Source source(call, plan);
+        List extra;
         int64_t extra_of = -1;
 
         for (int64_t job = next(); job >= 0; job = next()) {
-            const Place p = place(call, boxes, parts, job);
-            if (std::memcmp(kind, p.kind, sizeof kind)) {
-                list_box(call, boxes, p.kind, box);
-                std::memcpy(kind, p.kind, sizeof kind);
-            }
-            if (extra_of != p.batch) list_extra(call, extra_of = p.batch, extra);
-            lanes.find(call, boxes, p);
-            gather_columns<NV>(tile.columns, lanes.q, sizes.key, call.scale * LOG2E);
-
-            const int64_t rows = (p.batch * call.kv_heads + p.kv_head) * call.rows();
-            const float *key = call.key + rows * sizes.key_step, *value = call.value + rows * sizes.value_step;
-            int64_t first = 0;
-            for (int a = 0; a < 3; a++) first = first * call.grid[a] + side[a].first[p.at[a]];
+            const int64_t head = job / tiles, batch = head / call.kv_heads;
+            source.open(batch, head % call.kv_heads, job % tiles);
+            if (extra_of != batch) list_extra(call, extra_of = batch, extra);
+            gather_columns<NV>(tile.columns, source.lanes.q, sizes.key, call.scale * LOG2E);
+            const float* key = call.key + head * call.rows() * sizes.key_step;
+            const float* value = call.value + head * call.rows() * sizes.value_step;
             auto attend = [&](bool careful) {
                 tile.careful = careful;
                 tile.start(sizes);
-                tile.absorb(box.view(), key + first * sizes.key_step, value + first * sizes.value_step, sizes);
+                tile.absorb(source.list.view(), key + source.first * sizes.key_step,
+                            value + source.first * sizes.value_step, sizes);
                 tile.absorb(extra.view(), key, value, sizes);
                 bool finite = true;
                 for (int i = 0; i < WIDTH; i++)
-                    if (const int64_t row = lanes.row[i]; row >= 0) {
+                    if (const int64_t row = source.lanes.row[i]; row >= 0) {
                         finite &= tile.finish(i, call.out + row * sizes.value, sizes);
                         if (call.lse) call.lse[row] = tile.log_sum(i);
                     }
@@ -134,8 +46,132 @@ static int forward(const Call& call, const Boxes& boxes) {
     });
 }
 
-extern "C" int vision_attn_lanes() { return LANES; }
+// Everything about the queries of a tile that its backward needs.
+template <int NV>
+static void prepare(Gradient<NV>& tile, const Call& call, const Lanes<NV>& lanes) {
+    const Sizes& sizes = call.sizes;
+    const float* d_out[LANES * NV];
+    for (int i = 0; i < LANES * NV; i++) {
+        const int64_t row = lanes.row[i];
+        float shift = 0, delta = 0;
+        d_out[i] = row < 0 ? nullptr : call.d_out + row * sizes.value;
+        if (row >= 0) {
+            shift = call.lse[row] == NOTHING ? 0 : call.lse[row] * LOG2E;  // a query that sees nothing has no weights
+            for (int c = 0; c < sizes.value; c++) delta += d_out[i][c] * call.out[row * sizes.value + c];
+            if (call.d_lse) delta -= call.d_lse[row];
+        }
+        tile.shift[i / LANES][i % LANES] = shift, tile.delta[i / LANES][i % LANES] = delta;
+    }
+    gather_columns<NV>(tile.columns, lanes.q, sizes.key, call.scale * LOG2E);
+    gather_columns<NV>(tile.d_columns, d_out, sizes.value, 1);
+    gather_rows<NV>(tile.rows, lanes.q, sizes.key, sizes.key_step, call.scale);
+    gather_rows<NV>(tile.d_rows, d_out, sizes.value, sizes.value_step, 1);
+    std::memset(tile.d_query, 0, sizeof(float) * LANES * NV * sizes.key_step);
+}
 
-extern "C" int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
-    return boxes->vectors == 2 ? forward<2>(*call, *boxes) : forward<1>(*call, *boxes);
+// Gradients of the keys and values that a band of tiles sees, and of the extra tokens behind them.
+struct Band {
+    float *key = nullptr, *value = nullptr;
+    int64_t low = 0, high = 0;  // first token, and one past the last
+};
+
+// Tiles of one KV head write to the keys they share, so one thread takes a whole band of them; bands are added up in order,
+// which makes the result the same in every run.
+template <int NV, class Source, class Plan>
+static int backward(const Call& call, const Plan& plan) {
+    constexpr int WIDTH = LANES * NV;
+    const Sizes& sizes = call.sizes;
+    const int64_t tiles = Source::tiles(call, plan), heads = (int64_t)call.kv_heads * call.batch;
+    const int64_t wanted = call.threads == 1 ? 1 : (4 * call.threads + heads - 1) / heads;
+    const int64_t bands = std::max<int64_t>(1, std::min<int64_t>({wanted, 16, tiles}));
+    std::vector<Band> band(bands > 1 ? bands * heads : 0);
+
+    int failed = share(call.threads, bands * heads, 1, [&](auto next) {
+        Scratch scratch;
+        Gradient<NV> tile;
+        tile.columns = scratch.floats(WIDTH * sizes.key);
+        tile.scores = scratch.floats(WIDTH * (CHUNK + EIGHT));
+        tile.slopes = scratch.floats(WIDTH * (CHUNK + EIGHT));
+        tile.d_columns = scratch.floats(WIDTH * sizes.value);
+        tile.rows = scratch.floats(WIDTH * sizes.key_step);
+        tile.d_rows = scratch.floats(WIDTH * sizes.value_step);
+        tile.d_query = scratch.floats(WIDTH * sizes.key_step);
+        Source source(call, plan);
+        List extra;
+
+        for (int64_t job = next(); job >= 0; job = next()) {
+            const int64_t head = job / bands, batch = head / call.kv_heads, part = job % bands;
+            const int64_t from = tiles * part / bands, to = tiles * (part + 1) / bands;
+            const float* key = call.key + head * call.rows() * sizes.key_step;
+            const float* value = call.value + head * call.rows() * sizes.value_step;
+            Band all{call.d_key + head * call.rows() * sizes.key_step,
+                     call.d_value + head * call.rows() * sizes.value_step, 0, call.tokens()};
+            Band& into = bands > 1 ? band[job] : all;
+            if (bands > 1) {
+                into.low = call.tokens();
+                for (int64_t t = from; t < to; t++) {
+                    int64_t low, high;
+                    source.reach(t, low, high);
+                    into.low = std::min(into.low, low), into.high = std::max(into.high, high + 1);
+                }
+                const size_t rows = into.high - into.low + call.extra;
+                into.key = (float*)std::calloc(rows * sizes.key_step, sizeof(float));
+                into.value = (float*)std::calloc(rows * sizes.value_step, sizeof(float));
+                if (!into.key || !into.value) throw std::bad_alloc();
+            }
+            list_extra(call, batch, extra);
+            for (int64_t t = from; t < to; t++) {
+                source.open(batch, head % call.kv_heads, t);
+                prepare(tile, call, source.lanes);
+                const int64_t first = source.first, at = first - into.low, behind = into.high - into.low - call.tokens();
+                tile.pull(source.list.view(), key + first * sizes.key_step, value + first * sizes.value_step,
+                          into.key + at * sizes.key_step, into.value + at * sizes.value_step, sizes);
+                tile.pull(extra.view(), key, value, into.key + behind * sizes.key_step,
+                          into.value + behind * sizes.value_step, sizes);
+                for (int i = 0; i < WIDTH; i++)
+                    if (const int64_t row = source.lanes.row[i]; row >= 0)
+                        for (int d = 0; d < sizes.key; d++)
+                            call.d_q[row * sizes.key + d] = tile.d_query[i * sizes.key_step + d] * call.scale;
+            }
+        }
+    });
+    if (bands > 1 && !failed)
+        failed = share(call.threads, heads, 1, [&](auto next) {
+            for (int64_t head = next(); head >= 0; head = next())
+                for (int64_t b = head * bands; b < (head + 1) * bands; b++) {
+                    auto add = [&](float* all, const float* part, int64_t step) {
+                        const int64_t inside = band[b].high - band[b].low;
+                        for (int64_t i = 0; i < inside * step; i++) all[band[b].low * step + i] += part[i];
+                        for (int64_t i = 0; i < call.extra * step; i++)
+                            all[call.tokens() * step + i] += part[inside * step + i];
+                    };
+                    add(call.d_key + head * call.rows() * sizes.key_step, band[b].key, sizes.key_step);
+                    add(call.d_value + head * call.rows() * sizes.value_step, band[b].value, sizes.value_step);
+                }
+        });
+    for (Band& b : band) std::free(b.key), std::free(b.value);
+    return failed;
+}
+
+extern "C" {
+
+int vision_attn_lanes() { return LANES; }
+
+int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
+    return boxes->vectors == 2 ? forward<2, BoxSource<2>>(*call, *boxes) : forward<1, BoxSource<1>>(*call, *boxes);
+}
+
+int vision_attn_backward_boxes(const Call* call, const Boxes* boxes) {
+    return boxes->vectors == 2 ? backward<2, BoxSource<2>>(*call, *boxes) : backward<1, BoxSource<1>>(*call, *boxes);
+}
+
+int vision_attn_forward_blocks(const Call* call, const Blocks* blocks) {
+    return blocks->vectors == 2 ? forward<2, BlockSource<2>>(*call, *blocks)
+                                : forward<1, BlockSource<1>>(*call, *blocks);
+}
+
+int vision_attn_backward_blocks(const Call* call, const Blocks* blocks) {
+    return blocks->vectors == 2 ? backward<2, BlockSource<2>>(*call, *blocks)
+                                : backward<1, BlockSource<1>>(*call, *blocks);
+}
 }

@@ -35,7 +35,7 @@ class Boxes(ctypes.Structure):
 class Plan:
     """The structure for C, and the tables it points into."""
 
-    boxes: Boxes
+    structure: Boxes
     tables: list[torch.Tensor]
 
 

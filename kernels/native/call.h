@@ -29,6 +29,15 @@ struct Boxes {
     Side side[3];
 };
 
+// Rows of queries and the blocks of keys they see, as Lists in patterns/blocks.py. `mask` numbers the blocks that need a
+// test, -1 for none; `bits[number][query / 32][key]` says which of 32 queries see a key.
+struct Blocks {
+    int32_t vectors, query, key, rows, slots;
+    int64_t batch, head;  // steps in rows
+    const int32_t *index, *count, *mask;
+    const uint32_t* bits;
+};
+
 // Tokens count over the grid; extra tokens follow them in `key` and `value`, [batch, kv_heads, tokens + extra, step].
 struct Call {
     int32_t batch, kv_heads, group, threads, grid[3], extra;
@@ -40,29 +49,30 @@ struct Call {
     const uint8_t* visible;  // [batch, extra], or null when all extra tokens are
     float* out;              // [batch, tokens, heads, value]
     float* lse;              // [batch, tokens, heads], or null
+    // For the backward, which reads out and lse: gradients in, [batch, tokens, heads, value] and [batch, tokens, heads] or
+    // null; gradients out, [batch, tokens, heads, key], and zeros like key and value to add to.
+    const float *d_out, *d_lse;
+    float *d_q, *d_key, *d_value;
 
     int64_t tokens() const { return (int64_t)grid[0] * grid[1] * grid[2]; }
     int64_t rows() const { return tokens() + extra; }
 };
 
-// Memory of one thread, aligned for vectors and never cleared.
+// Memory of one thread, aligned for vectors and not cleared.
 class Scratch {
-    char *data = nullptr, *next = nullptr, *end = nullptr;
+    std::vector<void*> held;
 
   public:
-    explicit Scratch(size_t bytes) {
-        size_t size = (bytes + 4096) / 64 * 64;
-        data = next = (char*)std::aligned_alloc(64, size);
-        if (!data) throw std::bad_alloc();
-        end = data + size;
-    }
+    Scratch() = default;
     Scratch(const Scratch&) = delete;
-    ~Scratch() { std::free(data); }
+    ~Scratch() {
+        for (void* at : held) std::free(at);
+    }
     float* floats(size_t count) {
-        char* at = next;
-        next += (count * sizeof(float) + 63) / 64 * 64;
-        if (next > end) throw std::bad_alloc();
-        return (float*)at;
+        held.push_back(nullptr);
+        held.back() = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+        if (!held.back()) throw std::bad_alloc();
+        return (float*)held.back();
     }
 };
 

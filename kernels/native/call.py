@@ -6,8 +6,9 @@ import ctypes
 
 import torch
 
+from ..patterns import Separable
 from ..problem import Problem
-from .boxes import plan
+from . import blocks, boxes
 from .build import library
 
 
@@ -24,43 +25,70 @@ class Call(ctypes.Structure):
         ("q_axis", ctypes.c_int64 * 3),
         ("q_head", ctypes.c_int64),
         *((n, ctypes.c_void_p) for n in ("keys", "values", "visible", "out", "lse")),
+        *((n, ctypes.c_void_p) for n in ("d_out", "d_lse", "d_q", "d_keys", "d_values")),
     ]
 
 
-def _pack(tensor: torch.Tensor, extra: torch.Tensor | None, lanes: int) -> torch.Tensor:
-    """`[batch, *grid, heads, dim]` and `[batch, extra, heads, dim]` to float32 `[batch, heads, tokens + extra, step]`."""
-    tensor, dim = tensor.flatten(1, -3), tensor.shape[-1]
-    tokens, more = tensor.shape[1], 0 if extra is None else extra.shape[1]
-    step = -(-dim // lanes) * lanes
-    make = torch.empty if step == dim else torch.zeros
-    packed = make(tensor.shape[0], tensor.shape[2], tokens + more, step)
-    packed[:, :, :tokens, :dim] = tensor.transpose(1, 2)
-    if extra is not None:
-        packed[:, :, tokens:, :dim] = extra.transpose(1, 2)
+def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, lse: bool):
+    """Output and, if asked for, log-sum-exp, both float32. Shapes as in `attend`."""
+    q, keys, values = _ready(q), *_packed(k, v, extra_kv)
+    out = q.new_empty(*q.shape[:-1], problem.value_dim)
+    sums = q.new_empty(q.shape[:-1]) if lse else None
+    _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums)
+    return out, sums
+
+
+def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, out, lse, d_out, d_lse) -> list:
+    """Gradients of q, k, v and the extra keys and values (None without), float32; `out` and `lse` are those of `forward`,
+    `d_lse` may be None."""
+    like, keys, values = _ready(q), *_packed(k, v, extra_kv)
+    d_q, d_keys, d_values = torch.empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
+    outer = dict(d_out=d_out.float().contiguous(), d_lse=None if d_lse is None else d_lse.float().contiguous())
+    kept = dict(keys=keys, values=values, out=out, lse=lse)
+    _call("backward", problem, scale, extra_mask, like, **kept, **outer, d_q=d_q, d_keys=d_keys, d_values=d_values)
+    tokens = problem.tokens
+    by_grid = [d[:, :, :tokens, : t.shape[-1]].transpose(1, 2).reshape(t.shape) for d, t in ((d_keys, k), (d_values, v))]
+    by_extra = [None, None]
+    if extra_kv is not None:
+        pairs = zip((d_keys, d_values), extra_kv, strict=True)
+        by_extra = [d[:, :, tokens:, : t.shape[-1]].transpose(1, 2) for d, t in pairs]
+    return [d_q, *by_grid, *by_extra]
+
+
+def _ready(q: torch.Tensor) -> torch.Tensor:
+    q = q.float()
+    return q if q.stride(-1) == 1 else q.contiguous()
+
+
+def _packed(k, v, extra_kv) -> list[torch.Tensor]:
+    """Keys and values as float32 `[batch, heads, tokens + extra, step]`: one head after the other keeps the caches of a
+    processor busy with what it needs, and rows are rounded up to whole vectors."""
+    lanes, packed = library().vision_attn_lanes(), []
+    for tensor, extra in zip((k, v), extra_kv or (None, None), strict=True):
+        tensor, dim = tensor.flatten(1, -3), tensor.shape[-1]
+        tokens, more = tensor.shape[1], 0 if extra is None else extra.shape[1]
+        step = -(-dim // lanes) * lanes
+        rows = (torch.empty if step == dim else torch.zeros)(len(tensor), tensor.shape[2], tokens + more, step)
+        rows[:, :, :tokens, :dim] = tensor.transpose(1, 2)
+        if extra is not None:
+            rows[:, :, tokens:, :dim] = extra.transpose(1, 2)
+        packed.append(rows)
     return packed
 
 
-def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask):
-    lib = library()
-    lanes = lib.vision_attn_lanes()
-    q = q.float()
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    extra_key, extra_value = extra_kv or (None, None)
-    key, value = _pack(k, extra_key, lanes), _pack(v, extra_value, lanes)
-    out = q.new_empty(*q.shape[:-1], problem.value_dim)
-    lse = q.new_empty(q.shape[:-1]) if problem.return_lse else None
-    visible = None if extra_mask is None else extra_mask.contiguous()
-    group = problem.heads // problem.kv_heads
-    pad = (0,) * (3 - len(problem.grid))
-    stride = q.stride()
-    args = Call(
-        problem.batch, problem.kv_heads, group, torch.get_num_threads(),
-        (*(1 for _ in pad), *problem.grid), problem.extra,
-        problem.head_dim, problem.value_dim, key.shape[-1], value.shape[-1], scale,
-        q.data_ptr(), stride[0], pad + stride[1:-2], stride[-2],
-        *(None if t is None else t.data_ptr() for t in (key, value, visible, out, lse)),
+def _call(name: str, problem: Problem, scale: float, extra_mask, q, **tensors) -> None:
+    lib, lanes = library(), library().vision_attn_lanes()
+    tensors["visible"] = None if extra_mask is None else extra_mask.contiguous()
+    group, pad, stride = problem.heads // problem.kv_heads, 3 - len(problem.grid), q.stride()
+    call = Call(
+        problem.batch, problem.kv_heads, group, torch.get_num_threads(), (1,) * pad + problem.grid, problem.extra,
+        problem.head_dim, problem.value_dim, tensors["keys"].shape[-1], tensors["values"].shape[-1], scale,
+        q.data_ptr(), stride[0], (0,) * pad + stride[1:-2], stride[-2],
+        **{n: t.data_ptr() for n, t in tensors.items() if t is not None},
     )  # fmt: skip
-    boxes = plan(problem.pattern, problem.grid, group, lanes).boxes
-    if lib.vision_attn_forward_boxes(ctypes.byref(args), ctypes.byref(boxes)):
+    if isinstance(problem.pattern, Separable):
+        kind, plan = "boxes", boxes.plan(problem.pattern, problem.grid, group, lanes)
+    else:
+        kind, plan = "blocks", blocks.plan(problem.pattern, problem.grid, lanes)
+    if getattr(lib, f"vision_attn_{name}_{kind}")(ctypes.byref(call), ctypes.byref(plan.structure)):
         raise MemoryError("the CPU kernel ran out of memory")
-    return out.to(problem.dtype), lse

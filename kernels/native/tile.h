@@ -14,8 +14,8 @@ constexpr int MOST = LANES == 16 ? 4 : 2;     // for so many vectors of a row
 constexpr float LOG2E = 1.4426950408889634f;  // scores are kept in units of log 2
 constexpr double LN2 = 0.6931471805599453;
 
-// Keys of a tile: token numbers counted from a base, and which lanes see them. There are a multiple of EIGHT; those that
-// fill it up repeat a token that no lane sees again.
+// Keys of a tile: token numbers counted from a base, and which lanes see them. Behind the last one the arrays go on to a
+// multiple of EIGHT with keys that no lane sees.
 struct Keys {
     int64_t count;
     const int32_t* token;
@@ -58,44 +58,49 @@ struct Tile {
             if (careful)
                 add_careful(keys.token, count, value, sizes.value_step);
             else
-                add(out, sizes.value_step, keys, count, value);
+                add(out, sizes.value_step, scores, keys, count, value);
         }
     }
 
     // Scores of `count` keys, minus infinity where a lane does not see the key; `most` becomes the largest.
     APART void score(const Keys& keys, int count, const float* key, const Sizes& sizes, vec (&most)[NV]) {
+        dots(keys, count, key, sizes.key_step, sizes.key, columns, [&](int j, int n, uint32_t lanes, vec dot) {
+            vec s = named(lanes) ? dot : splat(NOTHING);
+            store(scores + j * WIDTH + n * LANES, s);
+            most[n] = larger(most[n], s);
+        });
+    }
+
+    // Call `take(key number, vector, lanes of it that see the key, products of the key's row with `columns`)`.
+    template <class Take>
+    static INLINE void dots(const Keys& keys, int count, const float* base, int step, int dim, const float* columns,
+                            Take take) {
         for (int j = 0; j < count; j += KEYS) {
             const float* row[KEYS];
-            uint32_t lanes[KEYS], any = 0;
+            uint32_t any = 0;
             UNROLL for (int i = 0; i < KEYS; i++) {
-                row[i] = key + (int64_t)keys.token[j + i] * sizes.key_step;
-                any |= lanes[i] = keys.lanes[j + i];
+                row[i] = base + (int64_t)keys.token[j + i] * step;
+                any |= keys.lanes[j + i];
             }
-            float* at = scores + j * WIDTH;
-            const bool left = any & ((1ull << LANES) - 1), right = NV == 2 && any >> LANES % 32;
-            if (NV == 1 || (left && right)) {
-                score_some<0, NV>(row, lanes, at, sizes.key, most);
-            } else if (left) {
-                score_some<0, 1>(row, lanes, at, sizes.key, most);
-                UNROLL for (int i = 0; i < KEYS; i++) store(at + i * WIDTH + LANES, splat(NOTHING));
-            } else {
-                UNROLL for (int i = 0; i < KEYS; i++) store(at + i * WIDTH, splat(NOTHING));
-                score_some<NV - 1, 1>(row, lanes, at, sizes.key, most);
-            }
+            const bool left = any << (32 - LANES), right = NV == 2 && any >> LANES;
+            if (NV == 1 || (left && right))
+                some_dots<0, NV>(keys, j, row, columns, dim, take);
+            else if (left)
+                some_dots<0, 1>(keys, j, row, columns, dim, take);
+            else
+                some_dots<NV - 1, 1>(keys, j, row, columns, dim, take);
         }
     }
 
-    template <int FIRST, int COUNT>
-    INLINE void score_some(const float* const (&row)[KEYS], const uint32_t (&lanes)[KEYS], float* at, int dim,
-                           vec (&most)[NV]) {
-        vec dots[KEYS][COUNT];
-        dot_rows<KEYS, COUNT>(row, columns + FIRST * LANES, WIDTH, dim, dots);
+    template <int FIRST, int COUNT, class Take>
+    static INLINE void some_dots(const Keys& keys, int j, const float* const (&row)[KEYS], const float* columns, int dim,
+                                 Take take) {
+        vec dot[KEYS][COUNT];
+        dot_rows<KEYS, COUNT>(row, columns + FIRST * LANES, WIDTH, dim, dot);
         UNROLL for (int i = 0; i < KEYS; i++)
-            UNROLL for (int n = 0; n < COUNT; n++) {
-                const int v = FIRST + n;
-                vec s = named(lanes[i] >> (v * LANES)) ? dots[i][n] : splat(NOTHING);
-                store(at + i * WIDTH + v * LANES, s);
-                most[v] = larger(most[v], s);
+            UNROLL for (int n = 0; n < NV; n++) {
+                const bool done = n >= FIRST && n < FIRST + COUNT;  // no lane of the other vector sees any of them
+                take(j + i, n, done ? keys.lanes[j + i] >> (n * LANES) : 0, dot[i][done ? n - FIRST : 0]);
             }
     }
 
@@ -123,8 +128,8 @@ struct Tile {
             }
     }
 
-    // into[lane] += sum over keys of scores[key][lane] * row[key], for so few keys at a time that their rows stay near
-    APART void add(float* into, int width, const Keys& keys, int count, const float* base) {
+    // into[lane] += sum over keys of weights[key][lane] * row[key], for so few keys at a time that their rows stay near
+    static APART void add(float* into, int width, const float* weights, const Keys& keys, int count, const float* base) {
         for (int first = 0; first < count; first += BLOCK) {
             const int stop = first + BLOCK < count ? first + BLOCK : count;
             for (int i = 0; i < WIDTH; i += GROUP) {
@@ -132,7 +137,7 @@ struct Tile {
                 int from = first, to = stop;
                 while (from < to && !(keys.lanes[from] & some)) from++;
                 while (from < to && !(keys.lanes[to - 1] & some)) to--;
-                const float* weight = scores + from * WIDTH + i;
+                const float* weight = weights + from * WIDTH + i;
                 const int32_t* token = keys.token + from;
                 int c = 0;
                 for (; c + MOST * LANES <= width; c += MOST * LANES)

@@ -103,3 +103,22 @@ static INLINE void add_rows(float* out, int width, const float* weight, int lane
     UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int c = 0; c < COLUMNS; c++) store(out + i * width + c * LANES, sum[i][c]);
 }
+
+// into[key] += sum over lanes of weight[key][lane] * rows[lane], for KEYS keys and COLUMNS vectors of every row.
+template <int KEYS, int COLUMNS>
+static INLINE void spread_rows(float* into, int width, const int32_t* token, const float* weight, int lanes, int from,
+                               int to, const float* rows) {
+    vec sum[KEYS][COLUMNS];
+    UNROLL for (int j = 0; j < KEYS; j++)
+        UNROLL for (int c = 0; c < COLUMNS; c++) sum[j][c] = load(into + (int64_t)token[j] * width + c * LANES);
+    for (int i = from; i < to; i++) {
+        vec x[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(rows + (int64_t)i * width + c * LANES);
+        UNROLL for (int j = 0; j < KEYS; j++) {
+            const float w = weight[j * lanes + i];
+            UNROLL for (int c = 0; c < COLUMNS; c++) sum[j][c] += w * x[c];
+        }
+    }
+    UNROLL for (int j = 0; j < KEYS; j++)
+        UNROLL for (int c = 0; c < COLUMNS; c++) store(into + (int64_t)token[j] * width + c * LANES, sum[j][c]);
+}

@@ -1,0 +1,159 @@
+// Where tiles come from: boxes of the grid for separable patterns, rows of block lists for the others. A source knows how
+// many tiles each KV head of a batch entry has, and for any of them the queries in its lanes and the keys they need.
+#pragma once
+#include "call.h"
+
+struct List {
+    std::vector<int32_t> token;
+    std::vector<uint32_t> lanes;
+    int64_t count = 0;
+    void clear() { token.clear(), lanes.clear(), count = 0; }
+    void add(int64_t number, uint32_t seen) { token.push_back((int32_t)number), lanes.push_back(seen); }
+    void close() {
+        count = token.size();
+        while (token.size() % EIGHT) add(token.back(), 0);
+    }
+    Keys view() const { return {count, token.data(), lanes.data()}; }
+};
+
+// Every lane sees the extra tokens that are visible; they stand behind those of the grid.
+static void list_extra(const Call& call, int64_t batch, List& list) {
+    list.clear();
+    for (int t = 0; t < call.extra; t++)
+        if (!call.visible || call.visible[batch * call.extra + t]) list.add(call.tokens() + t, ~0u);
+    list.close();
+}
+
+// Where the queries of a tile are: null and -1 where a lane has none.
+template <int NV>
+struct Lanes {
+    const float* q[LANES * NV];
+    int64_t row[LANES * NV];  // in [batch, tokens, heads]
+
+    void clear(int lane) { q[lane] = nullptr, row[lane] = -1; }
+    void set(const Call& call, int lane, int64_t batch, int64_t head, int64_t i, int64_t j, int64_t k) {
+        const int64_t token = (i * call.grid[1] + j) * call.grid[2] + k;
+        q[lane] = call.q + batch * call.q_batch + head * call.q_head + i * call.q_axis[0] + j * call.q_axis[1] +
+                  k * call.q_axis[2];
+        row[lane] = (batch * call.tokens() + token) * call.group * call.kv_heads + head;
+    }
+};
+
+template <int NV>
+struct BoxSource {
+    const Call& call;
+    const Boxes& boxes;
+    const Side* side = boxes.side;
+    Lanes<NV> lanes;
+    List list;
+    int64_t first = 0;  // token that the list counts from
+    int32_t kind[3] = {-1, -1, -1};
+
+    BoxSource(const Call& call, const Boxes& boxes) : call(call), boxes(boxes) {}
+    static int64_t tiles(const Call& call, const Boxes& boxes) {
+        const Side* s = boxes.side;
+        return (call.group + boxes.group - 1) / boxes.group * (int64_t)s[0].tiles * s[1].tiles * s[2].tiles;
+    }
+    static int64_t run(const Call&, const Boxes& boxes) { return boxes.side[2].tiles; }
+
+    // First and last token of the grid among the keys of a tile.
+    void reach(int64_t tile, int64_t& low, int64_t& high) const {
+        int64_t step = 1;
+        low = high = 0;
+        for (int a = 2; a >= 0; a--) {
+            const int64_t at = tile % side[a].tiles, from = side[a].first[at];
+            const int32_t last = side[a].key[side[a].start[side[a].kind[at] + 1] - 1];
+            low += from * step, high += (from + last) * step;
+            tile /= side[a].tiles, step *= call.grid[a];
+        }
+    }
+
+    void open(int64_t batch, int64_t kv_head, int64_t tile) {
+        int64_t at[3];
+        bool other = false;
+        for (int a = 2; a >= 0; a--) {
+            at[a] = tile % side[a].tiles, tile /= side[a].tiles;
+            other |= kind[a] != side[a].kind[at[a]];
+            kind[a] = side[a].kind[at[a]];
+        }
+        if (other) list_keys();
+        first = 0;
+        for (int a = 0; a < 3; a++) first = first * call.grid[a] + side[a].first[at[a]];
+        int lane = 0;
+        for (int64_t g = tile * boxes.group; g < (tile + 1) * boxes.group; g++)
+            for (int x = 0; x < side[0].lanes; x++)
+                for (int y = 0; y < side[1].lanes; y++)
+                    for (int z = 0; z < side[2].lanes; z++, lane++) {
+                        const int64_t i = side[0].query[at[0] * side[0].lanes + x];
+                        const int64_t j = side[1].query[at[1] * side[1].lanes + y];
+                        const int64_t k = side[2].query[at[2] * side[2].lanes + z];
+                        if (g < call.group && i >= 0 && j >= 0 && k >= 0)
+                            lanes.set(call, lane, batch, kv_head * call.group + g, i, j, k);
+                        else
+                            lanes.clear(lane);
+                    }
+        for (; lane < LANES * NV; lane++) lanes.clear(lane);
+    }
+
+    // The keys of the tiles of one kind, relative to the first of them.
+    void list_keys() {
+        const Side *a = side, *b = a + 1, *c = a + 2;
+        list.clear();
+        for (int x = a->start[kind[0]]; x < a->start[kind[0] + 1]; x++)
+            for (int y = b->start[kind[1]]; y < b->start[kind[1] + 1]; y++) {
+                const int64_t line = ((int64_t)a->key[x] * call.grid[1] + b->key[y]) * call.grid[2];
+                const uint32_t seen = a->seen[x] & b->seen[y];
+                for (int z = c->start[kind[2]]; z < c->start[kind[2] + 1]; z++)
+                    if (seen & c->seen[z]) list.add(line + c->key[z], seen & c->seen[z]);
+            }
+        list.close();
+    }
+};
+
+template <int NV>
+struct BlockSource {
+    static constexpr int WIDTH = LANES * NV;
+    const Call& call;
+    const Blocks& blocks;
+    Lanes<NV> lanes;
+    List list;
+    static constexpr int64_t first = 0;
+
+    BlockSource(const Call& call, const Blocks& blocks) : call(call), blocks(blocks) {}
+    static int64_t pieces(const Blocks& blocks) { return (blocks.query + WIDTH - 1) / WIDTH; }
+    static int64_t tiles(const Call& call, const Blocks& blocks) { return call.group * blocks.rows * pieces(blocks); }
+    static int64_t run(const Call&, const Blocks& blocks) { return pieces(blocks); }
+
+    void reach(int64_t, int64_t& low, int64_t& high) const { low = 0, high = call.tokens() - 1; }
+
+    void open(int64_t batch, int64_t kv_head, int64_t tile) {
+        const int64_t piece = tile % pieces(blocks), row = tile / pieces(blocks) % blocks.rows;
+        const int64_t head = kv_head * call.group + tile / pieces(blocks) / blocks.rows;
+        for (int i = 0; i < WIDTH; i++) {
+            const int64_t in = piece * WIDTH + i, token = row * blocks.query + in, plane = token / call.grid[2];
+            if (in < blocks.query && token < call.tokens())
+                lanes.set(call, i, batch, head, plane / call.grid[1], plane % call.grid[1], token % call.grid[2]);
+            else
+                lanes.clear(i);
+        }
+        list_keys(batch * blocks.batch + head * blocks.head + row, piece * WIDTH);
+    }
+
+    void list_keys(int64_t row, int64_t query) {
+        list.clear();
+        const int64_t words = (blocks.query + 31) / 32;
+        for (int32_t slot = 0; slot < blocks.count[row]; slot++) {
+            const int64_t start = (int64_t)blocks.index[row * blocks.slots + slot] * blocks.key;
+            const int64_t rest = call.tokens() - start, count = rest < blocks.key ? rest : blocks.key;
+            const int32_t number = blocks.mask ? blocks.mask[row * blocks.slots + slot] : -1;
+            if (number < 0) {
+                for (int64_t j = 0; j < count; j++) list.add(start + j, ~0u);
+                continue;
+            }
+            const uint32_t* bits = blocks.bits + (number * words + query / 32) * blocks.key;
+            for (int64_t j = 0; j < count; j++)
+                if (const uint32_t seen = bits[j] >> query % 32 & (uint32_t)((1ull << WIDTH) - 1)) list.add(start + j, seen);
+        }
+        list.close();
+    }
+};
