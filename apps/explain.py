@@ -21,6 +21,7 @@ from vision_attn.apps.pattern_options import GRID, PatternName, build_pattern, p
     show_default=True,
     help="May be absent here.",
 )
+@click.option("--advise", is_flag=True, help="neighborhood: also the nearest window and stride that need no masks.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @pattern_options
 def explain(
@@ -30,6 +31,7 @@ def explain(
     head_dim: int,
     dtype: str,
     device: str,
+    advise: bool,
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
@@ -41,7 +43,10 @@ def explain(
     Examples:
       vision-attn explain neighborhood --window 13 --grid 64,64
       vision-attn explain radial --decay 0.2 --grid 21,45,80 --heads 12 --head-dim 128 --dtype bfloat16 --device cuda
+      vision-attn explain neighborhood --window 18,24,24 --grid 30,48,80 --dtype bfloat16 --device cuda --advise
     """
+    if advise and (pattern != "neighborhood" or options.keys() - {"window"}):
+        raise click.UsageError("--advise looks for a stride: give it neighborhood with --window only.")
     built = build_pattern(pattern, options, grid)
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise click.UsageError(f"--dtype: got {dtype!r}, allowed: float32, bfloat16, float16, float64")
@@ -52,5 +57,15 @@ def explain(
 
     # A machine can be asked about that is not this one, so only "auto" looks at the devices that are there.
     kind = resolve_device("auto").type if device == "auto" else device
-    table = explain_pattern(built, grid, heads=heads, head_dim=head_dim, dtype=getattr(torch, dtype), device=kind)
-    click.echo(json.dumps(table.to_dict()) if as_json else str(table))
+    call = dict(heads=heads, head_dim=head_dim, dtype=getattr(torch, dtype))
+    answers = {"": explain_pattern(built, grid, **call, device=kind)}
+    if advise:
+        from vision_attn.kernels.advice import advise as advise_window
+
+        profile = "h100" if kind == "cuda" else "here"  # for predicted times
+        answers["advice"] = advise_window(grid, built.window, **call, device=profile)
+    if as_json:
+        table = answers.pop("").to_dict()
+        click.echo(json.dumps(table | {name: answer.to_dict() for name, answer in answers.items()}))
+    else:
+        click.echo("\n\n".join(map(str, answers.values())))
