@@ -165,8 +165,8 @@ def _scan(q, k, v, log_decay, scale, reverse) -> Tensor:
     chunk = min(CHUNK, 2 ** (tokens - 1).bit_length())
     again = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     # split and not slices: the gradient of a slice is as large as the whole
-    lengths = _lengths(tokens, batch * heads, dim, value_dim, chunk, reverse)
-    parts = list(zip(*(t.split(lengths, 1) for t in inputs), strict=True))
+    length = _length(batch * heads, dim, value_dim, chunk)
+    parts = list(zip(*(t.split(length, 1) for t in inputs), strict=True))
     outs = []
     with torch.autocast(q.device.type, enabled=False):
         for part in parts[::-1] if reverse else parts:
@@ -180,13 +180,10 @@ def _scan(q, k, v, log_decay, scale, reverse) -> Tensor:
         return (out * (dim**-0.5 if scale is None else scale)).view(*q.shape[:-1], value_dim)
 
 
-def _lengths(tokens: int, rows: int, dim: int, value_dim: int, chunk: int, reverse: bool) -> list[int]:
-    """Tokens per segment: whole chunks, but for the one that the scan comes to last."""
+def _length(rows: int, dim: int, value_dim: int, chunk: int) -> int:
+    """Tokens per segment: whole chunks."""
     floats = chunk * (8 * dim + 4 * value_dim) + 2 * dim * value_dim
-    step = chunk * max(SEGMENT_BYTES // (4 * max(rows, 1) * floats), 1)
-    whole, rest = divmod(tokens, step)
-    lengths = [step] * whole + [rest] * (rest > 0)
-    return lengths[::-1] if reverse else lengths
+    return chunk * max(SEGMENT_BYTES // (4 * max(rows, 1) * floats), 1)
 
 
 def _segment(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int, reverse: bool):

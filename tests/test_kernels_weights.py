@@ -133,6 +133,24 @@ def test_scores_softmax_apply_is_attend(seed):
             assert error(got, true) <= 8 * max(error(other, true), floor)
 
 
+def test_tiles_of_one_shape_and_other_bands():
+    """On the first rows windows do not move, on the first columns neither: such tiles follow each other."""
+    q, k, v = randn(3, 1, 6, 6, 2, 4)
+    pattern = Neighborhood(2, causal=True)
+    close(both(q, k, v, pattern), attend(q, k, v, pattern, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    pattern = Neighborhood(5)
+    q, k, v = (randn(1, 9, 8, 2, 24).to(dtype) for _ in range(3))
+    bias, weights = randn(2, 9, 9).to(dtype), randn(1, 9, 8, 2, 25).to(dtype)
+    for function, inputs in ((lambda q, k, b: scores(q, k, pattern, bias=b), (q, k, bias)),
+                             (lambda w, v: apply(w, v, pattern), (weights, v))):  # fmt: skip
+        want = function(*(t.double() for t in inputs))
+        assert error(function(*inputs), want) <= 1.01 * error(want.to(dtype), want)
+
+
 @pytest.mark.parametrize("seed", range(100, 108))
 def test_in_many_chunks(seed, tiny_chunks):
     case = Case(seed)
