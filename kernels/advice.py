@@ -14,7 +14,7 @@ import torch
 from .patterns import Dense, Neighborhood
 from .patterns.base import Ints, along, check_grid, is_int
 from .rates import Profile, load_profile, short
-from .simulate import predict, simulate
+from .simulate import predict
 from .tiles import _boxes, best_bound, bound
 
 TILES = ((128, 128), (64, 64))  # queries and keys that GPU kernels work with, in the order they are tried
@@ -228,8 +228,9 @@ def _break_even(pattern: Neighborhood, grid: tuple[int, ...], options: dict[str,
         return tuple(max(w, round(n * factor)) for n, w in zip(grid, window, strict=True))
 
     def wins(factor: float) -> bool:
-        dense = simulate(Dense(), size(factor), **options)  # also by a sparse kernel: a rate is no gain from sparsity
-        return predict(pattern, size(factor), **options) < min(dense.best[1], dense.seconds.get("dense", math.inf))
+        scaled = size(factor)  # a sparse kernel that sees everything is dense too: a faster kernel is not a sparser one
+        dense = min(predict(way, scaled, **options) for way in (Dense(), Neighborhood(scaled)))
+        return predict(pattern, scaled, **options) < dense
 
     low = high = min(w / n for n, w in zip(grid, window, strict=True))  # here every query sees every key
     while not wins(high):
