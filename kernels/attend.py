@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import BACKENDS, choose
+from .backends import BACKENDS, ready
 from .operator import attend_in_graph
 from .patterns import Dense, Pattern, PerHead
 from .problem import check_heads, describe, resolve_scale
@@ -67,7 +67,7 @@ def attend(
     if compiling:
         return attend_in_graph(q, k, v, pattern, scale, extra_kv, extra_mask, bias, return_lse, backend)
     problem = describe(q, k, v, pattern, scale, extra_kv, extra_mask, bias, return_lse)
-    module = BACKENDS[choose(problem, backend)]
+    module = BACKENDS[ready(problem, backend)]
     if not problem.extra:
         extra_kv = extra_mask = None
     if not problem.needs_grad:  # under no_grad: some backends refuse inputs that could have a gradient

@@ -13,7 +13,7 @@ from typing import List  # noqa: UP035 - torch 2.6 knows this spelling only
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, choose
+from .backends import BACKENDS, ready
 from .patterns import PATTERNS, BlockList, Pattern
 from .problem import Problem, describe, resolve_scale
 
@@ -50,7 +50,7 @@ def _problem(
     if not problem.extra:
         extra_kv = extra_mask = None
     call = q, k, v, resolve_scale(problem, scale), extra_kv, extra_mask, bias
-    return problem, BACKENDS[choose(problem, backend)], call
+    return problem, BACKENDS[ready(problem, backend)], call
 
 
 @torch.library.custom_op("vision_attn::attend", mutates_args=())

@@ -7,7 +7,8 @@ A backend is a module with
 - `run(problem, q, k, v, scale, extra_kv, extra_mask, bias) -> (out, lse)`, lse None unless `problem.return_lse`;
 - `backward(problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse)`, optional: gradients of
   q, k, v, the extra keys and values, and the bias (None where there is no such input) without autograd, which lets it
-  train inside compiled graphs. `lse` is None unless the problem returns it.
+  train inside compiled graphs. `lse` is None unless the problem returns it;
+- `load() -> bool`, optional: have it ready to run, which may take a while; False when that failed and `missing` says why.
 
 Backends do not import each other and never change the result.
 """
@@ -48,3 +49,10 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         able = [name for name in BACKENDS if not refuse(name, problem)]
         raise ValueError(f"backend {backend!r} cannot do this: {'; '.join(reasons)}. These can: {', '.join(able)}")
     return backend
+
+
+def ready(problem: Problem, backend: str | None = None) -> str:
+    """`choose`, loaded: where loading fails, the next backend that can, or the reason why the named one cannot."""
+    name = choose(problem, backend)
+    load = getattr(BACKENDS[name], "load", None)
+    return name if load is None or load() else choose(problem, backend)
