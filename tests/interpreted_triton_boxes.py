@@ -20,8 +20,8 @@ from vision_attn.kernels.patterns.base import plain_axis
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import Case, error
 
-MOST = 500  # query-head pairs of a random case: the interpreter takes a hundredth of a second per box
-CASES = 16
+MOST = 300  # query-head pairs of a random case: the interpreter takes a hundredth of a second per box
+CASES = 24
 
 
 def fits(seed: int) -> bool:
@@ -137,13 +137,13 @@ FIXED = {
     "one token": case(Dense(), (1,)),
     "one-wide": case(Neighborhood((1, 3, 1)), (1, 17, 1), heads=2, kv_heads=1),
     "full boxes in 2-D": case(Neighborhood(8), (9, 11), dim=32),
-    "full boxes in 3-D": case(Neighborhood((3, 5, 6), (1, 2, 3)), (3, 7, 8), torch.bfloat16),
+    "full boxes in 3-D": case(Neighborhood((2, 4, 5), (1, 2, 3)), (2, 5, 7), torch.bfloat16),
     "dilated, strided and causal": case(
         Neighborhood((2, 3, 2), (2, 1, 2), (1, 2, 3), (True, False, True)), (3, 7, 7), torch.float16, heads=2
     ),
     "disc": case(Circle(4), (9, 11), heads=2, kv_heads=2, dim=24),
     "disc through frames": case(Circle(3), (2, 6, 7), extra=3),
-    "extra tokens": case(Neighborhood(4), (6, 7), batch=2, heads=4, kv_heads=2, extra=21),
+    "extra tokens": case(Neighborhood(4), (5, 7), batch=2, heads=2, kv_heads=1, extra=21),
     "hidden extra tokens": case(Neighborhood(4), (6, 7), torch.bfloat16, extra=17, hidden=(0, 5, 16)),
     "heads first": case(Neighborhood(3, 3), (7, 8), torch.float16, batch=2, heads=2, kv_heads=2, view="heads-first"),
     "queries that see nothing": case(Gaps(), (4, 5)),
@@ -163,7 +163,7 @@ def test_fixed_problems(name, tiles, monkeypatch):
 
 
 def test_gradients_come_out_the_same_every_time(tiles):
-    again = [FIXED["extra tokens"].run(triton) for _ in range(2)]
+    again = [FIXED["queries that see only hidden extra tokens"].run(triton) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
 
 

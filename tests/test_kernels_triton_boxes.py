@@ -151,13 +151,13 @@ VIEWS = {
 @pytest.mark.parametrize("batch", (1, 2))
 def test_descriptors_address_the_elements_of_the_tensor(view, grid, batch):
     tensor = VIEWS[view](batch, grid, 2, 16)
-    made = launch.described(tensor, (1, 2, 8), 16)
+    descriptor, made = launch.described(tensor, (1, 2, 8), 16)
     grid = (1,) * (3 - len(grid)) + grid
     for b, head, dim in itertools.product(range(batch), range(tensor.shape[-2]), (0, 15)):
         for at in itertools.product(*map(range, grid)):
             place = (b * made.by_batch + head * made.by_head, *at, head * made.inner + dim)
-            assert all(p < n for p, n in zip(place, made.data.shape, strict=True))
-            offset = sum(p * s for p, s in zip(place, made.data.strides, strict=True))
+            assert all(p < n for p, n in zip(place, descriptor.shape, strict=True))
+            offset = sum(p * s for p, s in zip(place, descriptor.strides, strict=True))
             index = (b, *at[3 - len(tensor.shape[1:-2]) :], head, dim)
             assert offset == sum(i * s for i, s in zip(index, tensor.stride(), strict=True))
 

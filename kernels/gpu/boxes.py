@@ -18,8 +18,8 @@ from .common import LOG2E, dot, softmax_end, softmax_step
 class Tokens(NamedTuple):
     """A tensor `[batch, t, h, w, heads, dim]` as a kernel sees it: a pointer and strides, in elements.
 
-    With a descriptor in place of the pointer, its first coordinate is `batch * by_batch + head * by_head` and its last
-    `head * inner`.
+    If there is a descriptor besides, its first coordinate is `batch * by_batch + head * by_head` and its last
+    `head * inner`. It is an argument of its own: not every version of triton can launch with one inside a tuple.
     """
 
     data: Any
@@ -176,7 +176,7 @@ def _store(tensor, offsets, inside, value, DIM: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _load_box(
-    tensor, batch, head, start, rows, tables,
+    box, tensor, batch, head, start, rows, tables,
     SIDES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr, BOXED: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a visited box, `[N, WIDTH]`. Boxes loaded by descriptor are zero outside the grid; loaded by
@@ -184,8 +184,7 @@ def _load_box(
     if BOXED:
         outer = (batch * tensor.by_batch + head * tensor.by_head).to(tl.int32)
         inner = (head * tensor.inner).to(tl.int32)
-        box = tensor.data.load([outer, start[0], start[1], start[2], inner])
-        return box.reshape(SIDES[0] * SIDES[1] * SIDES[2], WIDTH)
+        return box.load([outer, start[0], start[1], start[2], inner]).reshape(SIDES[0] * SIDES[1] * SIDES[2], WIDTH)
     else:
         at = _positions(start, SIDES)
         inside = _below(at, (rows[0][3], rows[1][3], rows[2][3]))
@@ -251,7 +250,7 @@ def _visible(mask, batch, token, extra, MASKED: tl.constexpr):
 
 @triton.jit
 def forward(
-    q, k, v, extra_k, extra_v, extra_mask, out, lse, tables, heads, group, extra, scale,
+    k_box, v_box, q, k, v, extra_k, extra_v, extra_mask, out, lse, tables, heads, group, extra, scale,
     OWN: tl.constexpr, SEEN: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
     BOXED: tl.constexpr, DISC: tl.constexpr, EXTRA: tl.constexpr, MASKED: tl.constexpr,
@@ -269,12 +268,14 @@ def forward(
     for PARTIAL in tl.static_range(2):
         for i in tl.range(0, _count(rows, PARTIAL)):
             start = _start(i, rows, SEEN, PARTIAL)
-            key = _load_box(k, batch, head // group, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
+            key = _load_box(k_box, k, batch, head // group, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
             s = dot(query, key.T, tl.zeros([M, N], tl.float32))
             if PARTIAL:
                 s = tl.where(_allowed(own, ends, start, tables, SEEN, RANK, DISC), s, float("-inf"))
             p, m, total, acc = softmax_step(s, m, total, acc, factor, PARTIAL)
-            value = _load_box(v, batch, head // group, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED)
+            value = _load_box(
+                v_box, v, batch, head // group, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED
+            )
             acc = dot(p.to(value.dtype), value, acc)
     if EXTRA:
         for first in tl.range(0, extra, N):
@@ -292,7 +293,7 @@ def forward(
 
 @triton.jit
 def grad_query(
-    q, k, v, extra_k, extra_v, extra_mask, out, lse, grad_out, grad_lse, delta, grad_q,
+    k_box, v_box, q, k, v, extra_k, extra_v, extra_mask, out, lse, grad_out, grad_lse, delta, grad_q,
     tables, heads, group, extra, scale,
     OWN: tl.constexpr, SEEN: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
@@ -316,8 +317,10 @@ def grad_query(
     for PARTIAL in tl.static_range(2):
         for i in tl.range(0, _count(rows, PARTIAL)):
             start = _start(i, rows, SEEN, PARTIAL)
-            key = _load_box(k, batch, head // group, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
-            value = _load_box(v, batch, head // group, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED)
+            key = _load_box(k_box, k, batch, head // group, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
+            value = _load_box(
+                v_box, v, batch, head // group, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED
+            )
             p = tl.exp2(dot(query, key.T, tl.zeros([M, N], tl.float32)) * factor - top[:, None])
             if PARTIAL:
                 p = tl.where(_allowed(own, ends, start, tables, SEEN, RANK, DISC), p, 0.0)
@@ -356,7 +359,7 @@ def _load_numbers(lse, delta, batch, head, start, rows, tables, SIDES: tl.conste
 
 @triton.jit
 def grad_key(
-    q, k, v, lse, grad_out, delta, grad_k, grad_v, tables, heads, group, scale,
+    q_box, grad_out_box, q, k, v, lse, grad_out, delta, grad_k, grad_v, tables, heads, group, scale,
     OWN: tl.constexpr, SEEN: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr, BOXED: tl.constexpr, DISC: tl.constexpr,
 ):  # fmt: skip
@@ -376,8 +379,10 @@ def grad_key(
             reader, i = _divide(turn, count)
             reader += head * group
             start = _start(i, rows, SEEN, PARTIAL)
-            query = _load_box(q, batch, reader, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
-            outer = _load_box(grad_out, batch, reader, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED)
+            query = _load_box(q_box, q, batch, reader, start, rows, tables, SEEN, DIM, WIDTH, PARTIAL, BOXED)
+            outer = _load_box(
+                grad_out_box, grad_out, batch, reader, start, rows, tables, SEEN, VALUE, VALUE_WIDTH, PARTIAL, BOXED
+            )
             top, d = _load_numbers(lse, delta, batch, reader, start, rows, tables, SEEN, PARTIAL)
             p = tl.exp2(dot(key, query.T, tl.zeros([M, N], tl.float32)) * factor - top[None, :])
             if PARTIAL:

@@ -7,6 +7,7 @@ is not there.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def per_token(tensor: torch.Tensor) -> Tokens:
     return tokens(tensor[..., None])
 
 
-def described(tensor: torch.Tensor, sides: tuple[int, int, int], width: int) -> Tokens | None:
+def described(tensor: torch.Tensor, sides: tuple[int, int, int], width: int) -> tuple[TensorDescriptor, Tokens] | None:
     """A tensor `[batch, *grid, heads, dim]` as a descriptor of boxes `[1, *sides, width]`; None where its strides or
     sizes do not allow one.
 
@@ -108,28 +109,27 @@ def described(tensor: torch.Tensor, sides: tuple[int, int, int], width: int) -> 
     """
     batch, *grid, heads, dim = tensor.shape
     by_batch, *by_grid, by_head, by_dim = tensor.stride()
-    missing, last = 3 - len(grid), grid[-1]
-    side_by_side = heads == 1 or dim <= by_head and (heads - 1) * by_head + dim <= by_grid[-1]
-    if side_by_side:
-        sizes, strides, place = [batch, (heads - 1) * by_head + dim], [by_batch], (1, 0, by_head if heads > 1 else 0)
+    span = (heads - 1) * by_head + dim
+    if heads == 1 or dim <= by_head and span <= by_grid[-1]:
+        outer, inner, place = (batch, by_batch), span, (1, 0, by_head if heads > 1 else 0)
     elif batch == 1 or by_batch == heads * by_head:
-        sizes, strides, place = [batch * heads, dim], [by_head], (heads, 1, 0)
+        outer, inner, place = (batch * heads, by_head), dim, (heads, 1, 0)
     else:
         return None
-    sizes[1:1] = [1] * missing + grid
-    strides += [0] * missing + by_grid
-    span = max(sizes[-1], width)
+    sizes = [outer[0], *(1,) * (3 - len(grid)), *grid, inner]
+    strides = [outer[1], *(0,) * (3 - len(grid)), *by_grid, 1]
     for axis in range(3, -1, -1):  # where there is one step only, any stride will do
         if sizes[axis] == 1:
-            strides[axis] = -(-span // 16) * 16
-        span = max(span, sizes[axis] * strides[axis])
+            strides[axis] = -(-inner // 16) * 16 if axis == 3 else strides[axis + 1]
     unit = tensor.element_size()
-    fits = by_dim == 1 and dim == width and last and tensor.data_ptr() % 16 == 0
-    fits &= all(0 < s and s * unit % 16 == 0 and s * unit < 2**40 for s in strides) and place[2] * unit % 16 == 0
-    if not fits or max(sizes) >= 2**31:
+    fits = by_dim == 1 and dim == width and tensor.data_ptr() % 16 == 0 and max(sizes) < 2**31
+    fits = fits and all(s > 0 and s * unit % 16 == 0 and s * unit < 2**40 for s in (*strides[:-1], place[2] or 16))
+    # the driver asks for strides that divide the next one
+    if not fits or strides[3] < inner or any(a % b for a, b in itertools.pairwise(strides)):
         return None
-    descriptor = TensorDescriptor(tensor, sizes, [*strides, 1], [1, *sides, width])
-    return tokens(tensor)._replace(data=descriptor, by_batch=place[0], by_head=place[1], inner=place[2])
+    by_batch, by_head, inner = place
+    seen = tokens(tensor)._replace(by_batch=by_batch, by_head=by_head, inner=inner)
+    return TensorDescriptor(tensor, sizes, strides, [1, *sides, width]), seen
 
 
 def has_descriptors(device: torch.device) -> bool:
@@ -137,16 +137,14 @@ def has_descriptors(device: torch.device) -> bool:
     return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
-def _visited(
-    problem: Problem, found: Boxes, pair: tuple[torch.Tensor, torch.Tensor], boxed: bool
-) -> tuple[bool, Tokens, Tokens]:
-    """The two tensors a kernel visits, as descriptors if both can be."""
+def _visited(problem: Problem, found: Boxes, pair: tuple[torch.Tensor, torch.Tensor], boxed: bool) -> tuple:
+    """The two tensors that a kernel visits: their descriptors, None unless both can have one, and their tokens."""
     steps = {step(axis) for axis, _ in axes(problem.pattern, problem.grid)}
     if boxed and steps == {1}:
         made = [described(t, found.seen, width) for t, width in zip(pair, widths(problem), strict=True)]
         if all(made):
-            return True, *made
-    return False, *map(tokens, pair)
+            return (*zip(*made, strict=True),)
+    return (None, None), tuple(map(tokens, pair))
 
 
 class Inputs(NamedTuple):
@@ -168,12 +166,12 @@ class Inputs(NamedTuple):
         mask = None if mask is None else tokens(mask.view(torch.uint8)[..., None, None])
         return *map(tokens, self.extra_kv), mask
 
-    def constants(self, found: Boxes, boxed: bool) -> dict[str, Any]:
+    def constants(self, found: Boxes, descriptors: tuple) -> dict[str, Any]:
         problem, (width, value_width) = self.problem, widths(self.problem)
         return dict(
             OWN=found.own, SEEN=found.seen, DIM=problem.head_dim, VALUE=problem.value_dim,
             WIDTH=width, VALUE_WIDTH=value_width, RANK=len(problem.grid),
-            BOXED=boxed, DISC=isinstance(problem.pattern, Circle),
+            BOXED=descriptors[0] is not None, DISC=isinstance(problem.pattern, Circle),
         )  # fmt: skip
 
     def with_extra(self) -> dict[str, bool]:
@@ -188,41 +186,42 @@ def empty_lse(problem: Problem, like: torch.Tensor) -> torch.Tensor:
 def forward(call: Inputs, out: torch.Tensor, lse: torch.Tensor, only=None) -> Call:
     problem = call.problem
     found, options = choose("forward", problem, only)
-    boxed, k, v = _visited(problem, found, (call.k, call.v), call.boxed)
+    descriptors, visited = _visited(problem, found, (call.k, call.v), call.boxed)
     arguments = (
-        tokens(call.q), k, v, *call.extra(), tokens(out), per_token(lse),
+        *descriptors, tokens(call.q), *visited, *call.extra(), tokens(out), per_token(lse),
         tables(problem.pattern, problem.grid, found, False, call.q.device),
         problem.heads, problem.heads // problem.kv_heads, problem.extra, call.scale,
     )  # fmt: skip
-    constants = call.constants(found, boxed) | call.with_extra()
+    constants = call.constants(found, descriptors) | call.with_extra()
     return Call(boxes.forward, found.tiles * problem.batch * problem.heads, arguments, constants | options)
 
 
 def grad_query(call: Inputs, out, lse, grad_out, grad_lse: torch.Tensor | None, delta, grad_q, only=None) -> Call:
     problem = call.problem
     found, options = choose("grad_query", problem, only)
-    boxed, k, v = _visited(problem, found, (call.k, call.v), call.boxed)
+    descriptors, visited = _visited(problem, found, (call.k, call.v), call.boxed)
     arguments = (
-        tokens(call.q), k, v, *call.extra(), tokens(out), per_token(lse), tokens(grad_out),
+        *descriptors, tokens(call.q), *visited, *call.extra(), tokens(out), per_token(lse), tokens(grad_out),
         None if grad_lse is None else per_token(grad_lse), per_token(delta), tokens(grad_q),
         tables(problem.pattern, problem.grid, found, False, call.q.device),
         problem.heads, problem.heads // problem.kv_heads, problem.extra, call.scale,
     )  # fmt: skip
-    constants = call.constants(found, boxed) | call.with_extra() | {"LSE": grad_lse is not None}
+    constants = call.constants(found, descriptors) | call.with_extra() | {"LSE": grad_lse is not None}
     return Call(boxes.grad_query, found.tiles * problem.batch * problem.heads, arguments, constants | options)
 
 
 def grad_key(call: Inputs, lse, grad_out, delta, grad_k, grad_v, only=None) -> Call:
     problem = call.problem
     found, options = choose("grad_key", problem, only)
-    boxed, q, outer = _visited(problem, found, (call.q, grad_out), call.boxed)
+    descriptors, (q, outer) = _visited(problem, found, (call.q, grad_out), call.boxed)
     arguments = (
-        q, tokens(call.k), tokens(call.v), per_token(lse), outer, per_token(delta), tokens(grad_k), tokens(grad_v),
+        *descriptors, q, tokens(call.k), tokens(call.v), per_token(lse), outer, per_token(delta),
+        tokens(grad_k), tokens(grad_v),
         tables(problem.pattern, problem.grid, found, True, call.q.device),
         problem.kv_heads, problem.heads // problem.kv_heads, call.scale,
     )  # fmt: skip
     programs = found.tiles * problem.batch * problem.kv_heads
-    return Call(boxes.grad_key, programs, arguments, call.constants(found, boxed) | options)
+    return Call(boxes.grad_key, programs, arguments, call.constants(found, descriptors) | options)
 
 
 def grad_extra(call: Inputs, lse, grad_out, delta, only=None) -> tuple[Call, torch.Tensor, torch.Tensor]:
