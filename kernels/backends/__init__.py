@@ -8,7 +8,8 @@ A backend is a module with
 - `backward(problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse)`, optional: gradients of
   q, k, v, the extra keys and values, and the bias (None where there is no such input) without autograd, which lets it
   train inside compiled graphs. `lse` is None unless the problem returns it;
-- `load() -> bool`, optional: have it ready to run, which may take a while; False when that failed and `missing` says why.
+- `load() -> bool`, optional: have it ready to run, which may take a while; False when that failed, and `missing` says
+  why.
 
 Backends do not import each other and never change the result.
 """
