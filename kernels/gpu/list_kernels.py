@@ -1,8 +1,8 @@
 """Attention over block lists as Triton kernels: forward, and a backward without atomics.
 
 One program owns a tile of queries (or, for the gradients of the keys, a tile of keys) of one head and visits the blocks
-that its list names: first the full ones, which need no test, then the partial ones, then the extra tokens. A block of the
-lists has any length; it is cut into tiles, of which the last may be short.
+that its list names: first the full ones, which need no test, then the partial ones, then the extra tokens. A block of
+the lists has any length; it is cut into tiles, of which the last may be short.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .rules import NONE, allowed, multiplier
 class Visits(NamedTuple):
     """Block lists, or their transpose, as a kernel sees them.
 
-    A program reads list number `batch * by_batch + head * by_head`. `order` says which row starts first, `slots` how many
-    entries a row has room for. Of lists, `entries` are key blocks `[lists, rows, slots]`, and `ends` `[lists, rows, 2]`
-    tells how many are full, and how many there are. Of the transpose, `entries` `[lists, rows * slots]` are places in the
-    lists, sorted by key block, and `ends` `[lists, 2 * columns + 1]` tells where the full and the partial ones of each
-    start.
+    A program reads list number `batch * by_batch + head * by_head`. `order` says which row starts first, `slots` how
+    many entries a row has room for. Of lists, `entries` are key blocks `[lists, rows, slots]`, and `ends` `[lists,
+    rows, 2]` tells how many are full, and how many there are. Of the transpose, `entries` `[lists, rows * slots]` are
+    places in the lists, sorted by key block, and `ends` `[lists, 2 * columns + 1]` tells where the full and the partial
+    ones of each start.
     """
 
     order: Any
@@ -55,14 +55,15 @@ def _rows(tensor, batch, head, token):
 
 @triton.jit
 def _tile(
-    tensor, batch, head, first, stop,
+    box, tensor, batch, head, first, stop,
     N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr, BOXED: tl.constexpr,
 ):  # fmt: skip
     """The N tokens from `first` on, `[N, WIDTH]`: by pointer, with CHECK, zero from `stop` on; by descriptor zero past
     the sequence."""
     if BOXED:
         outer = (batch * tensor.by_batch + head * tensor.by_head).to(tl.int32)
-        return tensor.data.load([outer, 0, 0, first, (head * tensor.inner).to(tl.int32)]).reshape(N, WIDTH)
+        inner = (head * tensor.inner).to(tl.int32)
+        return box.load([outer, 0, 0, first, inner]).reshape(N, WIDTH)
     else:
         token = first + tl.arange(0, N)
         return _load(tensor, _rows(tensor, batch, head, token), token < stop, DIM, WIDTH, CHECK)
@@ -96,7 +97,7 @@ def _scores(
 
 @triton.jit
 def forward(
-    q, k, v, extra_k, extra_v, extra_mask, bias, out, lse,
+    k_box, v_box, q, k, v, extra_k, extra_v, extra_mask, bias, out, lse,
     visits, rule, decay, tokens, heads, group, extra, scale,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, SHAPE: tl.constexpr,
@@ -123,14 +124,14 @@ def forward(
             entry = at * visits.slots + step // SUB
             block = tl.load(visits.entries + entry)
             start, last = block * BLOCK[1] + step % SUB * N, tl.minimum((block + 1) * BLOCK[1], tokens)
-            key = _tile(k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
+            key = _tile(k_box, k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
             s, _ = _scores(
                 dot(query, key.T, tl.zeros([M, N], tl.float32)), token[:, None], start + tl.arange(0, N)[None, :],
                 first, start, last, entry, bias, rule, decay, tokens, scale,
                 BLOCK, KIND, PARTS, SHAPE, BANDS, BIAS, PARTIAL, RAGGED,
             )  # fmt: skip
             p, m, total, acc = softmax_step(s, m, total, acc, factor, PARTIAL or BIAS)
-            value = _tile(v, batch, head // group, start, last, N, VALUE, VALUE_WIDTH, PARTIAL or RAGGED, BOXED)
+            value = _tile(v_box, v, batch, head // group, start, last, N, VALUE, VALUE_WIDTH, PARTIAL or RAGGED, BOXED)
             acc = dot(p.to(value.dtype), value, acc)
         begin = end
     if EXTRA:
@@ -151,7 +152,7 @@ def forward(
 
 @triton.jit
 def grad_query(
-    q, k, v, extra_k, extra_v, extra_mask, bias, out, lse, grad_out, grad_lse, delta, grad_q, grad_bias,
+    k_box, v_box, q, k, v, extra_k, extra_v, extra_mask, bias, out, lse, grad_out, grad_lse, delta, grad_q, grad_bias,
     visits, rule, decay, tokens, heads, group, extra, scale,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, SHAPE: tl.constexpr,
@@ -188,8 +189,8 @@ def grad_query(
             entry = at * visits.slots + step // SUB
             block = tl.load(visits.entries + entry)
             start, last = block * BLOCK[1] + step % SUB * N, tl.minimum((block + 1) * BLOCK[1], tokens)
-            key = _tile(k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
-            value = _tile(v, batch, head // group, start, last, N, VALUE, VALUE_WIDTH, PARTIAL or RAGGED, BOXED)
+            key = _tile(k_box, k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
+            value = _tile(v_box, v, batch, head // group, start, last, N, VALUE, VALUE_WIDTH, PARTIAL or RAGGED, BOXED)
             s, slope = _scores(
                 dot(query, key.T, tl.zeros([M, N], tl.float32)), token[:, None], start + tl.arange(0, N)[None, :],
                 first, start, last, entry, bias, rule, decay, tokens, scale,
@@ -215,7 +216,8 @@ def grad_query(
 
 @triton.jit
 def grad_key(
-    q, k, v, bias, lse, grad_out, delta, grad_k, grad_v, visits, rule, decay, tokens, heads, group, scale,
+    q_box, grad_out_box, q, k, v, bias, lse, grad_out, delta, grad_k, grad_v,
+    visits, rule, decay, tokens, heads, group, scale,
     BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, SHAPE: tl.constexpr,
     BANDS: tl.constexpr, BIAS: tl.constexpr, LOOPS: tl.constexpr, RAGGED: tl.constexpr, BOXED: tl.constexpr,
@@ -242,8 +244,8 @@ def grad_key(
                 row = place // visits.slots
                 start, last = row * BLOCK[0] + step % SUB * N, tl.minimum((row + 1) * BLOCK[0], tokens)
                 number = start + tl.arange(0, N)
-                query = _tile(q, batch, reader, start, last, N, DIM, WIDTH, RAGGED, BOXED)
-                outer = _tile(grad_out, batch, reader, start, last, N, VALUE, VALUE_WIDTH, RAGGED, BOXED)
+                query = _tile(q_box, q, batch, reader, start, last, N, DIM, WIDTH, RAGGED, BOXED)
+                outer = _tile(grad_out_box, grad_out, batch, reader, start, last, N, VALUE, VALUE_WIDTH, RAGGED, BOXED)
                 offsets = _rows(lse, batch, reader, number)  # delta lies like lse
                 top = _base2(lse, offsets, number < last)
                 d = tl.load(delta.data + offsets, mask=number < last, other=0.0)

@@ -16,14 +16,26 @@ from ..patterns import Blocked, BlockList, LengthDecay
 from ..patterns.blocks import Lists, lists_from_map, map_from_lists
 from ..problem import Problem
 from . import list_kernels as kernels
-from .launch import Call, Inputs, described, empty_lse, grad_extra, has_descriptors, launch, per_token, widths
+from .launch import (
+    Call,
+    Inputs,
+    described,
+    empty_lse,
+    grad_extra,
+    has_descriptors,
+    launch,
+    per_token,
+    resources,
+    widths,
+)
 from .launch import tokens as by_token
 from .list_kernels import Visits
 from .rules import Decay, Rule, decay, masks, tester, uniform
 
-# Per kernel, bits of the dtype and head dim (padded to a power of two): own tokens, visited tokens, warps, stages.
-# Chosen from what the compiler reports (resources_lists.csv); none was timed.
+# Per kernel, bits of the dtype and head dim (padded to a power of two): choices of own tokens, visited tokens, warps,
+# stages. Chosen from what the compiler reports (resources_lists.csv); none was timed.
 CONFIGS = json.loads(pathlib.Path(__file__).with_name("list_configs.json").read_text())
+NARROWEST = 64  # smaller heads use the configurations of this head dim
 
 
 def limits(problem: Problem) -> list[str]:
@@ -61,7 +73,7 @@ class Plan:
         return (1, 1, *self.lists.index.shape[:-2])[-2:]
 
     @functools.cached_property
-    def forward(self) -> Visits:
+    def listed(self) -> Visits:
         ends = torch.stack((self.lists.full_count, self.lists.count), -1)
         return self._visits(self.order, self.lists.index.contiguous(), ends)
 
@@ -159,34 +171,20 @@ class _Attend(torch.autograd.Function):
 def _forward(problem: Problem, steps: Plan, scale: float, extra_mask, q, k, v, extra_k, extra_v, bias):
     out, lse = q.new_empty(*q.shape[:-1], problem.value_dim), empty_lse(problem, q)
     inputs = _inputs(problem, scale, extra_mask, q, k, v, extra_k, extra_v)
-    launch(_by_query(kernels.forward, inputs, steps, bias, [_flat(out), _number(lse)]))
+    launch(forward(inputs, steps, bias, out, lse))
     return out, lse
 
 
 def _gradients(
-    problem: Problem,
-    steps: Plan,
-    scale: float,
-    extra_mask,
-    q,
-    k,
-    v,
-    extra_k,
-    extra_v,
-    bias,
-    out,
-    lse,
-    grad_out,
-    grad_lse,
-) -> list[torch.Tensor | None]:
+    problem: Problem, steps: Plan, scale: float, extra_mask, q, k, v, extra_k, extra_v, bias,
+    out, lse, grad_out, grad_lse,
+) -> list[torch.Tensor | None]:  # fmt: skip
     inputs = _inputs(problem, scale, extra_mask, q, k, v, extra_k, extra_v)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     delta, by_bias = empty_lse(problem, q), None if bias is None else _room_for_bias(problem, steps, q.device)
-    of_lse = _number(grad_lse) if problem.return_lse else None
-    numbers = [_number(lse), _flat(grad_out), of_lse, _number(delta)]
-    outputs = [_flat(out), *numbers, _flat(grads[0]), by_bias]
-    launch(_by_query(kernels.grad_query, inputs, steps, bias, outputs, LSE=problem.return_lse))
-    launch(_by_key(inputs, steps, bias, lse, grad_out, delta, *grads[1:]))
+    of_lse = grad_lse if problem.return_lse else None
+    launch(grad_query(inputs, steps, bias, out, lse, grad_out, of_lse, delta, grads[0], by_bias))
+    launch(grad_key(inputs, steps, bias, lse, grad_out, delta, *grads[1:]))
     if problem.extra:
         call, *shares = grad_extra(inputs, lse, grad_out, delta)
         launch(call)
@@ -201,39 +199,50 @@ def _inputs(problem: Problem, scale: float, extra_mask, q, k, v, extra_k, extra_
     return Inputs(problem, q, k, v, scale, extra_kv, extra_mask, has_descriptors(q.device))
 
 
-def _by_query(kernel, inputs: Inputs, steps: Plan, bias, outputs: list, **flags: bool) -> Call:
+def forward(inputs: Inputs, steps: Plan, bias, out, lse, only: list[int] | None = None) -> Call:
+    """`only` is the configuration to use, here and below; otherwise `tiles` chooses."""
+    return _by_query(kernels.forward, inputs, steps, bias, only, [_flat(out), _number(lse)])
+
+
+def grad_query(
+    inputs: Inputs, steps: Plan, bias, out, lse, grad_out, grad_lse, delta, grad_q, grad_bias, only=None
+) -> Call:
+    of_lse = None if grad_lse is None else _number(grad_lse)
+    outputs = [_flat(out), _number(lse), _flat(grad_out), of_lse, _number(delta), _flat(grad_q), grad_bias]
+    return _by_query(kernels.grad_query, inputs, steps, bias, only, outputs, LSE=grad_lse is not None)
+
+
+def _by_query(kernel, inputs: Inputs, steps: Plan, bias, only, outputs: list, **flags: bool) -> Call:
     """A kernel whose programs own tiles of queries."""
     problem, block = inputs.problem, steps.lists.block
-    constants = _constants(kernel, problem, steps, bias)
-    constants |= inputs.with_extra() | flags
+    constants = _constants(kernel, problem, steps, bias, only) | inputs.with_extra() | flags
     constants["RAGGED"] = steps.ragged or block[1] % constants["N"] != 0
-    constants["BOXED"], k, v = _visited(problem, inputs.boxed, constants["N"], inputs.k, inputs.v)
-    programs = problem.batch * problem.heads * steps.forward.rows * -(-block[0] // constants["M"])
+    boxes, k, v = _visited(inputs, constants, inputs.k, inputs.v)
+    programs = problem.batch * problem.heads * steps.listed.rows * -(-block[0] // constants["M"])
+    tables = steps.listed, steps.rule.test, steps.decay[0]
     sizes = problem.tokens, problem.heads, problem.heads // problem.kv_heads, problem.extra, inputs.scale
-    tables = steps.forward, steps.rule.test, steps.decay[0]
-    arguments = _flat(inputs.q), k, v, *inputs.extra(), _contiguous(bias), *outputs, *tables, *sizes
+    arguments = *boxes, _flat(inputs.q), k, v, *inputs.extra(), _contiguous(bias), *outputs, *tables, *sizes
     return Call(kernel, programs, arguments, constants)
 
 
-def _by_key(inputs: Inputs, steps: Plan, bias, lse, grad_out, delta, grad_k, grad_v) -> Call:
-    """The kernel whose programs own tiles of keys."""
+def grad_key(inputs: Inputs, steps: Plan, bias, lse, grad_out, delta, grad_k, grad_v, only=None) -> Call:
     problem, block = inputs.problem, steps.lists.block
-    constants = _constants(kernels.grad_key, problem, steps, bias)
+    constants = _constants(kernels.grad_key, problem, steps, bias, only)
     constants["RAGGED"] = problem.tokens % block[0] != 0 or block[0] % constants["N"] != 0
-    constants["BOXED"], q, outer = _visited(problem, inputs.boxed, constants["N"], inputs.q, grad_out)
+    boxes, q, outer = _visited(inputs, constants, inputs.q, grad_out)
     programs = problem.batch * problem.kv_heads * steps.columns * -(-block[1] // constants["M"])
-    sizes = problem.tokens, problem.kv_heads, problem.heads // problem.kv_heads, inputs.scale
     tables = steps.transposed, steps.rule.test, steps.decay[0]
-    own = q, _flat(inputs.k), _flat(inputs.v), _contiguous(bias)
+    sizes = problem.tokens, problem.kv_heads, problem.heads // problem.kv_heads, inputs.scale
+    own = *boxes, q, _flat(inputs.k), _flat(inputs.v), _contiguous(bias)
     arguments = *own, _number(lse), outer, _number(delta), _flat(grad_k), _flat(grad_v), *tables, *sizes
     return Call(kernels.grad_key, programs, arguments, constants)
 
 
-def _constants(kernel, problem: Problem, steps: Plan, bias) -> dict[str, Any]:
+def _constants(kernel, problem: Problem, steps: Plan, bias, only: list[int] | None) -> dict[str, Any]:
     """Tiles, head dims, test and score rule of a kernel, warps and stages."""
     block, by_key = steps.lists.block, kernel is kernels.grad_key
     own, seen = block[::-1] if by_key else block
-    m, n, options = tiles(kernel, problem, own, seen)
+    m, n, options = tiles(kernel, problem, own, seen, only)
     _, shape, bands = steps.decay
     return options | dict(
         BLOCK=block, M=m, N=n, DIM=problem.head_dim, VALUE=problem.value_dim,
@@ -243,21 +252,27 @@ def _constants(kernel, problem: Problem, steps: Plan, bias) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def tiles(kernel, problem: Problem, own: int, seen: int) -> tuple[int, int, dict[str, int]]:
-    """Tokens of own and visited tiles for blocks of `own` and `seen` tokens; warps and stages."""
-    bits, width = 8 * problem.dtype.itemsize, max(widths(problem))
-    most, most_seen, warps, stages = CONFIGS[kernel.fn.__name__][str(bits)][str(width)]
-    m, n = (max(min(triton.next_power_of_2(b), limit), 16) for b, limit in ((own, most), (seen, most_seen)))
-    return m, n, {"num_warps": warps if m == most else min(warps, 4), "num_stages": stages}
+def tiles(
+    kernel, problem: Problem, own: int, seen: int, only: list[int] | None = None
+) -> tuple[int, int, dict[str, Any]]:
+    """Tokens of own and visited tiles for blocks of `own` and `seen` tokens; what the compiler is told.
+
+    The first configuration whose own tile is not larger than the block, or the last, cut down to the block.
+    """
+    own, seen = (max(triton.next_power_of_2(n), 16) for n in (own, seen))
+    width = max(*widths(problem), NARROWEST)
+    choices = CONFIGS[kernel.fn.__name__][str(8 * problem.dtype.itemsize)][str(width)]
+    m, n, warps, stages = only or next((c for c in choices if c[0] <= own), choices[-1])
+    return min(m, own), min(n, seen), resources(warps, stages)
 
 
-def _visited(problem: Problem, boxed: bool, side: int, *pair: torch.Tensor) -> tuple:
-    """The two tensors that a kernel visits, as descriptors if both can be."""
-    pair = [t.flatten(1, -3) for t in pair]
-    made = [
-        described(t, (1, 1, side), width) if boxed else None for t, width in zip(pair, widths(problem), strict=True)
-    ]
-    return (True, *made) if all(made) else (False, *map(by_token, pair))
+def _visited(inputs: Inputs, constants: dict[str, Any], *pair: torch.Tensor) -> tuple:
+    """The two tensors that a kernel visits: their descriptors, None unless both can have one, and themselves."""
+    pair, sides = [t.flatten(1, -3) for t in pair], (1, 1, constants["N"])
+    made = [described(t, sides, w) if inputs.boxed else None for t, w in zip(pair, widths(inputs.problem), strict=True)]
+    constants["BOXED"] = all(made)
+    boxes, tensors = zip(*made, strict=True) if all(made) else ((None, None), map(by_token, pair))
+    return boxes, *tensors
 
 
 def _flat(tensor: torch.Tensor):

@@ -2,11 +2,11 @@
 
 Three tests, chosen when a kernel is compiled, and small tables of int32 that they read:
 
-- intervals: every key has a place on each of a few axes, every query an interval of places; all must agree. Patterns that are
-  products over the axes, and `LengthDecay`. Per tile this reads a few numbers per query and per key.
+- intervals: every key has a place on each of a few axes, every query an interval of places; all must agree. Patterns
+  that are products over the axes, and `LengthDecay`. Per tile this reads a few numbers per query and per key.
 - radial: the half width of the diagonal per pair of frames; the interval of keys follows per query and frame.
-- masks: one byte per pair for each kind of partial block, equal blocks stored once. Any other pattern with lists of
-  its own (`Streaming`, `PowerStep`, patterns from elsewhere). A mask of 128 x 64 is 8 KB where keys and values of 64 tokens
+- masks: one byte per pair for each kind of partial block, equal blocks stored once. Any other pattern with lists of its
+  own (`Streaming`, `PowerStep`, patterns from elsewhere). A mask of 128 x 64 is 8 KB where keys and values of 64 tokens
   of 128 channels are 32 KB, so it costs traffic; and it cannot be made for lists that come with the data.
 """
 
@@ -194,7 +194,7 @@ def decay(pattern: Pattern, grid: tuple[int, ...]) -> tuple[Decay, int, bool]:
 
 
 def uniform(pattern: Pattern, grid: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor | bool:
-    """Bool `[query blocks, key blocks]`: one multiplier for the whole pair of blocks; True when there is none at all."""
+    """Bool `[query blocks, key blocks]`: one multiplier for the whole pair of blocks; True if there is none at all."""
     if not isinstance(pattern, LengthDecay):
         return True
     tokens = math.prod(grid)
