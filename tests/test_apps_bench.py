@@ -131,6 +131,14 @@ def test_what_is_compared_is_float64_and_the_budget_that_of_plain_attention():
         assert all(2**-8 * FACTOR * largest <= b < 0.1 * FACTOR * largest for b in budgets)  # bfloat16 keeps 8 bits
 
 
+def test_first_and_last_rows_and_heads_are_always_looked_at():
+    problem = dataclasses.replace(PROBLEMS["grow-32"], batch=2)
+    for seed in range(3):
+        found = sample(problem, *run_module._inputs(problem, "cpu"), None, dense=False, seed=seed)
+        assert {0, 1023} <= set(found.rows.tolist()) and 40 < len(found.rows) <= 64
+        assert {(0, 0), (1, 3)} <= set(found.heads)
+
+
 @pytest.mark.parametrize("name", ["tiny-plain", "tiny-train", "tiny-radial"])
 def test_dense_peers_are_checked_against_dense_attention(name):
     rows = next(run(pick(name, "cpu"), {n: peers()[n] for n in ("sdpa", "sdpa-math", "tiled")}, "cpu", rounds=1))
@@ -190,8 +198,8 @@ def test_speed_up_is_the_median_of_the_ratios_within_rounds():
 
 def test_peak_memory_is_what_the_call_takes_beyond_what_it_returns():
     def call():
-        big = torch.ones(40 * 2**20, dtype=torch.uint8)
-        return [big[: 2**20].clone(), None, torch.ones(20 * 2**20, dtype=torch.uint8)]
+        parts = [torch.ones(2**17, dtype=torch.uint8) for _ in range(320)]  # 40 MB in pieces that the heap keeps
+        return [parts[0][: 2**16].clone(), None, torch.ones(20 * 2**20, dtype=torch.uint8)]
 
     for _ in range(2):  # also when the memory was used before
         peak = peak_bytes(call, "cpu")

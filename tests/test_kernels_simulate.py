@@ -64,6 +64,13 @@ def test_published_bounds(row):
         assert not full or f"{tiles[(*size, False)].full:.0%}" == f"{full}%"
 
 
+def test_of_equal_bounds_the_tiles_with_most_full_ones_are_taken():
+    pattern, grid = Neighborhood(10), (21, 22)
+    assert best_bound(pattern, grid, 16, 16)[1:] == ((8, 2), (4, 4))
+    best, other = (bound(pattern, grid, queries, (4, 4)) for queries in ((8, 2), (2, 8)))
+    assert best[0] == other[0] and best[1] > other[1]
+
+
 def test_bounds_are_those_of_the_tiles_named():
     pattern, grid = Neighborhood((9, 15, 24), dilation=(2, 1, 1)), (21, 45, 80)
     for t in simulate(pattern, grid).tiles:

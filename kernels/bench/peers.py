@@ -26,7 +26,7 @@ from ..problem import Problem
 
 Forward = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
 MOST_DENSE_FLOPS = 3e11  # on a CPU; some seconds
-MOST_SCORES = 2**27  # that natten may keep on a CPU
+MOST_SCORES = 2**24  # of attention that computes and keeps them all on a CPU: natten, sdpa-math
 BLOCK = 128
 
 
