@@ -101,7 +101,7 @@ def draw(kind, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(15))
 def test_masks_are_the_definitions(kind, seed):
     pattern, grid, want = draw(kind, seed)
     assert torch.equal(pattern.mask(grid), want)
@@ -111,7 +111,7 @@ def test_masks_are_the_definitions(kind, seed):
 
 
 @pytest.mark.parametrize("kind", ["power-step", "streaming", "length-decay"])
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 def test_lists_cover_the_mask_and_full_blocks_are_full(kind, seed):
     pick = random.Random(seed)
     grid = (pick.choice((7, 9)), pick.choice((37, 53, 64)))
@@ -189,7 +189,7 @@ def assert_same(outputs, wanted, inputs, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 def test_tiled_is_the_reference_with_gradients(kind, seed):
     """Every third has a mask over extra tokens; also compared with the formula where nothing is done to the scores."""
     pattern, grid, mask = draw(kind, seed)
@@ -210,13 +210,27 @@ def test_tiled_is_the_reference_with_gradients(kind, seed):
 
 
 @pytest.mark.parametrize("pattern, grid", [
-    (PowerStep(32, 40, 8), (1100,)), (Streaming(70, 5), (11, 101)), (Halo(8, 3), (37, 41)), (Circle(6), (37, 41)),
+    (PowerStep(32, 40, 8), (1100,)), (Streaming(70, 5), (11, 101)), (Halo(8, 3), (29, 31)), (Circle(6), (29, 31)),
     (LengthDecay(3, period=2, gamma=0.25, first_frame=True), (7, 13, 12)),
 ])  # fmt: skip
 def test_larger_than_one_tile(pattern, grid):
     q, k, v = tensors(0, grid, batch=1, heads=2, kv_heads=1)
     tiled, reference = (attend(q, k, v, pattern, backend=b, return_lse=True) for b in ("tiled", "reference"))
     assert_same(tiled, reference, [q, k, v])
+
+
+@pytest.mark.parametrize("pattern", [Circle(3, pooled=2), LengthDecay(2, first_frame=True)], ids=str)
+def test_keys_are_prepared_inside_compiled_graphs_too(pattern):
+    *inputs, extra_k, extra_v = tensors(9, (4, 6), extra=3)
+    visible = torch.tensor([[True, False, True], [False, True, True]])
+
+    def call(q, k, v, extra_k, extra_v):
+        return attend(q, k, v, pattern, extra_kv=(extra_k, extra_v), extra_mask=visible)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    inputs = [*inputs, extra_k, extra_v]
+    assert_same([compiled(*inputs)], [call(*inputs)], inputs)
 
 
 # ---- pooled tokens

@@ -142,7 +142,7 @@ class LengthDecay(Blocked):
             return k, v, extra_kv, extra_mask
         wide = torch.promote_types(k.dtype, torch.float32)
         total = k.flatten(1, -3).sum(1, keepdim=True, dtype=wide)  # [batch, 1, kv_heads, head_dim]
-        count = torch.tensor(math.prod(k.shape[1:-2]), device=k.device)
+        count = math.prod(k.shape[1:-2])
         if extra_kv is not None:
             seen = extra_kv[0]
             if extra_mask is not None:
