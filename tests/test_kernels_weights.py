@@ -123,8 +123,10 @@ def test_scores_softmax_apply_is_attend(seed):
     """With strides, causal axes, grouped heads, a bias, views; the gradients of all four inputs too."""
     case = Case(seed)
     want = case.run(functools.partial(attend, backend="reference"), torch.float64)
-    for a, b in zip(case.run(both, torch.float64), want, strict=True):
-        close(a, b)
+    tiled = case.run(functools.partial(attend, backend="tiled"), torch.float64)
+    for got, other, true in zip(case.run(both, torch.float64), tiled, want, strict=True):
+        close(got, true)
+        close(got, other)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         plain = case.run(eager, dtype)
         floor = torch.finfo(dtype).eps * max(t.abs().max().item() for t in want)
