@@ -88,6 +88,8 @@ def _side(axis: Axis, side: int, lanes: list[int]) -> tuple[list[int], ...]:
         kind.append(number)
         if number == len(start) - 1:
             key += places
-            seen += [sum(b for b, (lo, hi) in zip(lanes, ends, strict=False) if lo <= y < hi) for y in range(high - low)]
+            seen += [
+                sum(b for b, (lo, hi) in zip(lanes, ends, strict=False) if lo <= y < hi) for y in range(high - low)
+            ]
             start.append(len(key))
     return query, kind, first, start, key, seen

@@ -24,8 +24,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 SOURCES = tuple(sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cpp", ".h")))
 FLAGS = ("-O3", "-fPIC", "-shared", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=fast")
 
@@ -46,8 +44,8 @@ PATIENCE = 300  # seconds after which a compiler, or another process that builds
 _MARK = b"vision-attn sha256 "
 
 _lock = threading.Lock()
-_failed: str | None = None
-_library: ctypes.CDLL | None = None
+_loaded: dict[str, ctypes.CDLL] = {}  # by instruction set
+_failed: dict[str, str] = {}
 
 
 def instruction_set() -> str:
@@ -58,6 +56,8 @@ def instruction_set() -> str:
 
 @functools.cache
 def _widest() -> str:
+    import torch
+
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
 
 
@@ -70,11 +70,11 @@ def missing() -> list[str]:
         return [f"{SWITCH}={asked!r}; allowed: 0, 1, {', '.join(PATHS)}"]
     if list(PATHS).index(instruction_set()) > list(PATHS).index(_widest()):
         return [f"{SWITCH}={asked}, but this processor offers {_widest()}"]
-    if _failed:
-        return [_failed]
+    if instruction_set() in _failed:
+        return [_failed[instruction_set()]]
     if sys.platform == "win32":
         return ["the kernel does not build on Windows"]
-    if _library is None and compiler() is None and not any(_cached_by_anyone()):
+    if instruction_set() not in _loaded and compiler() is None and not any(_cached_by_anyone()):
         return ["no C++ compiler found (tried CXX, c++, g++, clang++); install one, for example g++"]
     return []
 
@@ -89,18 +89,17 @@ def compiler() -> tuple[str, ...] | None:
 
 def library() -> ctypes.CDLL:
     """The loaded kernel; compiles it first where that was not done yet. Raises RuntimeError with the reason."""
-    global _library, _failed
     with _lock:
         if reasons := missing():
-            raise RuntimeError(f"the CPU kernel is not available: {'; '.join(reasons)}")
-        if _library is None:
+            raise RuntimeError(f"no CPU kernel: {'; '.join(reasons)}")
+        name = instruction_set()
+        if name not in _loaded:
             try:
-                _library = _declare(ctypes.CDLL(str(_find() or _build())))
-            except (OSError, subprocess.SubprocessError) as error:
-                _failed = f"the CPU kernel could not be built: {error}"
-            if _failed:
-                raise RuntimeError(_failed)
-        return _library
+                _loaded[name] = _declare(ctypes.CDLL(str(_find() or _build())))
+            except (OSError, subprocess.SubprocessError) as error:  # not tried again in this process
+                _failed[name] = f"the CPU kernel could not be built: {error}"
+                raise RuntimeError(_failed[name]) from error
+        return _loaded[name]
 
 
 def load() -> bool:
@@ -111,8 +110,9 @@ def load() -> bool:
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    if lib.vision_attn_lanes() != int(PATHS[instruction_set()][0].partition("=")[2]):
-        raise OSError("the library was built for another instruction set")
+    lanes = getattr(lib, "vision_attn_lanes", None)
+    if lanes is None or lanes() != int(PATHS[instruction_set()][0].partition("=")[2]):
+        raise OSError("what the compiler wrote is not the kernel")
     return lib
 
 

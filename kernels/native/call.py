@@ -47,7 +47,9 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, out, lse, d
     kept = dict(keys=keys, values=values, out=out, lse=lse)
     _call("backward", problem, scale, extra_mask, like, **kept, **outer, d_q=d_q, d_keys=d_keys, d_values=d_values)
     tokens = problem.tokens
-    by_grid = [d[:, :, :tokens, : t.shape[-1]].transpose(1, 2).reshape(t.shape) for d, t in ((d_keys, k), (d_values, v))]
+    by_grid = [
+        d[:, :, :tokens, : t.shape[-1]].transpose(1, 2).reshape(t.shape) for d, t in ((d_keys, k), (d_values, v))
+    ]
     by_extra = [None, None]
     if extra_kv is not None:
         pairs = zip((d_keys, d_values), extra_kv, strict=True)

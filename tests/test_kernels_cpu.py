@@ -1,0 +1,333 @@
+"""The native CPU kernel: right in every instruction set, and built so that nothing can go wrong with the library."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_attn import BlockList, Dense, Neighborhood, Radial, Window, attend, explain
+from vision_attn.kernels.backends import cpu
+from vision_attn.kernels.native import build
+from vision_attn.kernels.problem import Problem
+from vision_attn.kernels.testing import Case
+
+HERE = build.missing()
+pytestmark = pytest.mark.skipif(bool(HERE), reason=f"no CPU kernel here: {HERE}")
+PATHS = [name for name in build.PATHS if list(build.PATHS).index(name) <= list(build.PATHS).index(build._widest())]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that is allocated and not written reads as NaN, so that an output left out cannot pass."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, request.param)
+    assert build.library().vision_attn_lanes() == {"portable": 4, "avx2": 8, "avx512": 16}[request.param]
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def reference(*args, **kwargs):
+    double = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
+    return attend(*double, backend="reference", **kwargs)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_random_cases(path, first):
+    """Output, lse and every gradient against the reference in float64: all patterns, dtypes, strides, extra tokens."""
+    done = sum(Case(seed).compare("cpu") > 0 for seed in range(first, first + 100))
+    assert done > 25
+
+
+def test_random_cases_with_threads(threads):
+    """Also splits the backward into bands that are added up."""
+    assert sum(Case(seed).compare("cpu") > 0 for seed in range(400, 600)) > 50
+
+
+@pytest.mark.slow
+def test_many_random_cases(path, threads):
+    assert sum(Case(seed).compare("cpu") > 0 for seed in range(600, 6000)) > 1500
+
+
+LARGE = [
+    (Neighborhood(13), (40, 37), 48, 48),
+    (Neighborhood((3, 9, 5), stride=(1, 4, 2)), (5, 19, 11), 24, 80),
+    (Neighborhood(101), (521,), 64, 64),
+    (Neighborhood(7, dilation=3, causal=True), (29, 31), 33, 17),
+    (Window((7, 7), (3, 3)), (23, 29), 16, 16),
+    (Dense(), (601,), 40, 40),
+    (Radial(decay=0.3, block=16, thin=0), (7, 9, 13), 32, 32),
+]
+
+
+@pytest.mark.parametrize("pattern, grid, head_dim, value_dim", LARGE, ids=str)
+def test_larger_grids(path, threads, pattern, grid, head_dim, value_dim):
+    """More keys than a chunk, many tiles, head dims that are no multiple of a vector."""
+    q, k, v = (torch.randn(2, *grid, h, d) for h, d in ((4, head_dim), (2, head_dim), (2, value_dim)))
+    extra = torch.randn(2, 9, 2, head_dim), torch.randn(2, 9, 2, value_dim)
+    mask = torch.rand(2, 9) < 0.5
+    options = dict(extra_mask=mask, return_lse=True)
+    weights = torch.randn(2, *grid, 4, value_dim), torch.randn(2, *grid, 4)
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, *extra)]
+        outputs = attend(*leaves[:3], pattern, extra_kv=tuple(leaves[3:]), backend=backend, **options)
+        loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=3e-5)
+
+
+def test_the_same_in_every_run(threads):
+    q, k, v = (torch.randn(1, 24, 24, 1, 32, requires_grad=True) for _ in range(3))
+    runs = []
+    for _ in range(5):
+        out = attend(q, k, v, Neighborhood(9), backend="cpu")
+        runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("pattern", [Neighborhood(5), BlockList.from_mask(torch.eye(8, dtype=torch.bool), 18)], ids=str)
+def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern):
+    q, k, v = torch.randn(3, 1, 12, 12, 2, 16)
+    clean = attend(q, k, v, pattern, backend="cpu")
+    (k if which == "key" else v)[0, 6, 7, 1] = bad
+    out = attend(q, k, v, pattern, backend="cpu").flatten(1, 2)
+    sees = pattern.mask((12, 12))[:, 6 * 12 + 7]
+    assert torch.equal(out[:, ~sees], clean.flatten(1, 2)[:, ~sees]) and torch.equal(
+        out[..., 0, :], clean.flatten(1, 2)[..., 0, :]
+    )
+    if which == "value" or bad != bad:
+        assert not out[0, sees, 1].isfinite().any()
+
+
+def test_rows_that_see_nothing(path):
+    seen = torch.zeros(4, 4, dtype=torch.bool)
+    seen[1, 2] = True
+    q, k, v = (torch.randn(1, 32, 1, 8, requires_grad=True) for _ in range(3))
+    out, lse = attend(q, k, v, BlockList.from_mask(seen, 8), return_lse=True, backend="cpu")
+    blind = torch.arange(32) // 8 != 1
+    assert not out[0, blind].any() and (lse[0, blind] == -torch.inf).all() and lse[0, ~blind].isfinite().all()
+    grads = torch.autograd.grad(out.sum() + lse[0, ~blind].sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads) and not grads[0][0, blind].any()
+
+
+def test_lists_of_their_own_for_batch_and_heads(path):
+    seen = torch.rand(2, 4, 6, 6) < 0.5
+    pattern = BlockList.from_mask(seen, 16, within=Neighborhood(41, causal=True))
+    q, k, v = (torch.randn(2, 90, h, 16) for h in (4, 2, 2))
+    want = reference(q, k, v, pattern)
+    torch.testing.assert_close(attend(q, k, v, pattern, backend="cpu").double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_large_scores_and_small_ones(path):
+    """The maximum is taken out before the exponential, chunk by chunk."""
+    q, k, v = torch.randn(3, 1, 700, 1, 8)
+    q, k = q * 30, k * 30 * torch.linspace(0, 1, 700)[:, None, None]
+    out, lse = attend(q, k, v, Neighborhood(501), return_lse=True, backend="cpu")
+    want, want_lse = reference(q, k, v, Neighborhood(501), return_lse=True)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_backward_without_what_the_forward_kept():
+    """As a compiled graph calls it."""
+    q, k, v, outer = (torch.randn(1, 9, 9, 2, 16, requires_grad=True) for _ in range(4))
+    out = attend(q, k, v, Neighborhood(5), backend="cpu")
+    want = torch.autograd.grad(out, (q, k, v), outer)
+    problem = Problem(Neighborhood(5), (9, 9), heads=2, kv_heads=2, head_dim=16, value_dim=16, in_graph=True)
+    with torch.no_grad():
+        got = cpu.backward(problem, q, k, v, 0.25, None, None, None, None, None, outer, None)
+    assert got[3:] == [None] * 3
+    for a, b in zip(got, want, strict=False):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_tokens_at_all_and_one():
+    q = torch.randn(0, 5, 2, 8, requires_grad=True)
+    assert attend(q, q, q, Neighborhood(3), backend="cpu").shape == (0, 5, 2, 8)
+    one = torch.randn(1, 1, 1, 1)
+    torch.testing.assert_close(attend(one, one, one, Neighborhood(1), backend="cpu"), one)
+
+
+def test_reasons():
+    answers = {
+        "no float64": dict(dtype=torch.float64),
+        "only cpu tensors": dict(device="cuda"),
+    }
+    for reason, options in answers.items():
+        assert any(reason in r for r in cpu.limits(Problem(Neighborhood(3), (8, 8), **options)))
+
+
+# The build. A stand-in for the compiler hands out the library that is there already, so that this takes no minutes.
+
+COMPILER = """
+    import os, shutil, sys, time
+    if "--version" in sys.argv: sys.exit(print("stand-in 1.0"))
+    with open({log!r}, "a") as file: file.write("called\\n")
+    {how}
+    shutil.copyfile({library!r}, sys.argv[sys.argv.index("-o") + 1])
+"""
+USE = """
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location("build", {build!r})
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    build._widest = lambda: "portable"  # what finds it out imports torch, which takes seconds
+    assert build.library().vision_attn_lanes() == 4 and build.load() and not build.missing() and "torch" not in sys.modules
+"""
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Start processes with a cache of their own and a compiler that does as told."""
+    monkeypatch.setenv(build.SWITCH, "portable")
+    library, log = str(build._find() or build._build()), tmp_path / "log"
+    monkeypatch.delenv(build.SWITCH)
+
+    def start(how="", **env) -> subprocess.Popen:
+        script = tmp_path / "compiler.py"
+        script.write_text(textwrap.dedent(COMPILER).format(log=str(log), how=how, library=library))
+        env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": f"{sys.executable} {script}"} | env
+        call = [sys.executable, "-c", textwrap.dedent(USE).format(build=build.__file__)]
+        return subprocess.Popen(call, env=os.environ | env, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    def run(how="", code=0, **env) -> str:
+        process = start(how, **env)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == code, said
+        return said
+
+    run.start, run.cache, run.calls = start, tmp_path / "cache" / "vision-attn", lambda: len(log.read_text().split())
+    return run
+
+
+def libraries(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix != ".lock")
+
+
+def test_built_once_with_a_line_of_progress(machine):
+    said = machine()
+    assert said.count("building the CPU kernel (once, about") == 1 and "built in" in said
+    assert machine() == "" and machine.calls() == 1
+
+
+def test_processes_that_build_together(machine):
+    running = [machine.start("time.sleep(1)") for _ in range(4)]
+    said = "".join(process.communicate(timeout=120)[1] for process in running)
+    assert [p.returncode for p in running] == [0] * 4, said
+    assert machine.calls() == 1 and len(libraries(machine.cache)) == 1
+
+
+def test_a_build_that_was_killed_leaves_nothing_broken(machine):
+    process = machine.start("time.sleep(30)")
+    while not (machine.cache.exists() and any(p.suffix == ".part" for p in machine.cache.iterdir())):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    started = time.monotonic()
+    assert "built in" in machine()
+    assert time.monotonic() - started < 25  # its lock did not outlive it
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_library_is_built_again(machine, damage):
+    machine()
+    (library,) = libraries(machine.cache)
+    data = library.read_bytes()
+    middle = len(data) // 2
+    library.write_bytes({
+        "truncated": data[:middle], "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "empty": b"", "text": b"not a library",
+    }[damage])  # fmt: skip
+    assert "built in" in machine() and library.read_bytes() == data
+
+
+def test_a_compiler_that_fails_is_quoted(machine):
+    how = "sys.exit(print('kernel.cpp:1: error: no such thing', file=sys.stderr) or 3)"
+    assert "ended with 3: kernel.cpp:1: error: no such thing" in machine(how, code=1)
+    assert libraries(machine.cache) == []
+
+
+def test_a_build_that_failed_is_a_reason_and_not_tried_again(monkeypatch):
+    tried = []
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_failed", {})
+    monkeypatch.setattr(build, "_find", lambda: None)
+    monkeypatch.setattr(build, "_build", lambda: tried.append(1) or (_ for _ in ()).throw(OSError("disk full")))
+    q, k, v = torch.randn(3, 1, 8, 8, 1, 8)
+    assert not cpu.missing("cpu") and not cpu.load() and not cpu.load() and len(tried) == 1
+    assert cpu.missing("cpu") == ["the CPU kernel could not be built: disk full"]
+    with pytest.raises(ValueError, match="could not be built: disk full"):
+        attend(q, k, v, Neighborhood(3), backend="cpu")
+    assert attend(q, k, v, Neighborhood(3)).isfinite().all() and len(tried) == 1
+
+
+def test_a_library_for_something_else_is_refused(machine):
+    """It loads, but is not the kernel."""
+    how = "import _ctypes; shutil.copyfile(_ctypes.__file__, sys.argv[sys.argv.index('-o') + 1]); sys.exit()"
+    assert "could not be built" in machine(how, code=1)
+
+
+def test_a_cache_that_cannot_be_written(machine, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = machine(XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path))
+    assert "cannot be written" in said and str(tmp_path / "vision-attn-") in said
+
+
+def test_no_home(machine, tmp_path):
+    machine(XDG_CACHE_HOME="", HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert libraries(tmp_path / ".cache" / "vision-attn")
+
+
+def test_switched_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert "switched off by VISION_ATTN_NATIVE=0" in str(explain(Neighborhood(3), (8, 8)))
+    assert explain(Neighborhood(13), (64, 64)).used == "tiled"
+    with pytest.raises(ValueError, match="switched off"):
+        attend(*torch.randn(3, 1, 8, 8, 1, 8), Neighborhood(3), backend="cpu")
+
+
+def test_a_switch_that_means_nothing(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "sse9")
+    assert "allowed: 0, 1, portable, avx2, avx512" in build.missing()[0]
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    """The reason is said, and tiled is used."""
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert "no C++ compiler found" in build.missing()[0] and "install one" in build.missing()[0]
+    q, k, v = torch.randn(3, 1, 64, 64, 1, 8)
+    assert explain(Neighborhood(13), (64, 64)).used == "tiled"
+    torch.testing.assert_close(attend(q, k, v, Neighborhood(13)), attend(q, k, v, Neighborhood(13), backend="tiled"))
+
+
+def test_explaining_does_not_build(monkeypatch):
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_build", lambda: pytest.fail("explain must not build"))
+    explain(Neighborhood(13), (64, 64))
