@@ -258,6 +258,24 @@ def test_compiles_for_hopper_the_other_way(config):
     compiles(config)
 
 
+OTHERS = {
+    "one axis, one head": Problem(Neighborhood(5, causal=True), (64,), head_dim=16, value_dim=16, device="cuda"),
+    "a disc, dims that are padded": Problem(
+        Circle(4), (16, 12), heads=3, head_dim=12, value_dim=20, dtype=torch.float16, extra=1, device="cuda"
+    ),
+    "dilation": Problem(
+        Neighborhood(3, 2, (1, 2)), (8, 9), batch=2, heads=2, head_dim=24, value_dim=8, extra=9, device="cuda"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_problems_compile_too(name):
+    """What the configurations are not compiled with: no lse wanted, no mask, one of everything, other loads."""
+    for call in aot.calls(OTHERS[name], boxed=True).values():
+        assert aot.resources(aot.compiled(call()))["shared"] <= aot.SHARED
+
+
 @pytest.mark.parametrize("which", ("test_random_problems", "not test_random_problems"))
 def test_in_the_interpreter(which):
     run_interpreted("not slow", which)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
@@ -24,39 +25,46 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @functools.cache
 def missing(device: str) -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed; pip install triton"]
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return [
-            f"needs triton {oldest} or later, which comes with newer versions of torch; here is {triton.__version__}"
-        ]
+    reasons = _no_triton()
     if _interpreted():
-        return [] if device == "cpu" else ["TRITON_INTERPRET=1 is set, so the kernels run on cpu tensors only"]
+        return reasons + ([] if device == "cpu" else ["TRITON_INTERPRET=1 is set: kernels run on cpu tensors only"])
     if device != "cuda":
-        return []  # `limits` says so
+        return reasons
     if not torch.cuda.is_available():
-        return ["no CUDA device"]
+        return [*reasons, "no CUDA device"]
     major, minor = torch.cuda.get_device_capability()
-    return [] if major >= 8 else [f"needs a GPU of compute capability 8.0 or later; this one has {major}.{minor}"]
+    too_old = [f"needs a GPU of compute capability 8.0 or later; this one has {major}.{minor}"] if major < 8 else []
+    return reasons + too_old
+
+
+@functools.cache
+def _no_triton() -> list[str]:
+    try:
+        version = importlib.metadata.version("triton")  # importing it takes long
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec("triton") is None:
+            return ["triton is not installed; pip install triton"]
+        version = importlib.import_module("triton").__version__  # installed under another name
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST_TRITON:
+        return []
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return [f"needs triton {oldest} or later, as newer versions of torch bring it; found {version}"]
 
 
 def limits(problem: Problem) -> list[str]:
-    reasons = []
+    reasons, pattern = [], problem.pattern
     if problem.device != "cuda" and not _interpreted():
-        reasons.append("only cuda devices")
+        return ["only cuda devices"]  # ask no further, which would import triton
     if problem.dtype not in DTYPES:
         reasons.append("no float64: the kernels sum in float32")
     if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
         reasons.append(f"head dims up to {LARGEST_HEAD}")
-    if isinstance(problem.pattern, Separable):
+    if isinstance(pattern, Separable):
         reasons += _box_limits(problem)
-    elif isinstance(problem.pattern, Blocked):
-        reasons += _gpu("lists").limits(problem) if importlib.util.find_spec("triton") else []
+    elif isinstance(pattern, Blocked):
+        reasons += [] if _no_triton() else _gpu("lists").limits(problem)
     else:
-        reasons.append(f"{type(problem.pattern).__name__} gives neither intervals nor block lists")
+        reasons.append(f"{type(pattern).__name__} gives neither intervals nor block lists")
     return reasons
 
 
@@ -68,7 +76,7 @@ def _box_limits(problem: Problem) -> list[str]:
         reasons.append(f"no score rule with {type(pattern).__name__}")
     if type(pattern).inside is not Separable.inside and not isinstance(pattern, Circle):
         reasons.append(f"does not know the shape of {type(pattern).__name__}, which is no product over the axes")
-    if None in map(_gpu("tables").step, pattern.axes(problem.grid)):
+    if None in _gpu("tables").steps(pattern, problem.grid):
         reasons.append("the tokens that see each other must be evenly spaced on every axis")
     return reasons
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -79,23 +79,33 @@ def shipped() -> Iterator[Shipped]:
 
 def example(config: Shipped) -> Call:
     """A call that uses this configuration."""
-    dim, grid = int(config.head_dim), (16, 64, 64)
-    options = dict(batch=2, heads=8, kv_heads=4, head_dim=dim, value_dim=dim, dtype=DTYPES[config.bits], extra=77)
-    problem = Problem(Neighborhood((8, 32, 32)), grid, device="cuda", extra_mask=True, **options)
-
-    def tensor(heads: int, *middle: int) -> torch.Tensor:
-        return torch.empty(2, *(middle or grid), heads, dim, dtype=problem.dtype, device="meta")
-
-    q, k, extra = tensor(8), tensor(4), tensor(4, 77)
-    mask, lse = torch.empty(2, 77, dtype=torch.bool, device="meta"), launch.empty_lse(problem, q)
-    call = Inputs(problem, q, k, k, 0.1, (extra, extra), mask, config.loads == "descriptor")
+    dim = int(config.head_dim)
+    sizes = dict(batch=2, heads=8, kv_heads=4, head_dim=dim, value_dim=dim, dtype=DTYPES[config.bits])
+    asked = dict(extra=77, extra_mask=True, return_lse=True)
+    problem = Problem(Neighborhood((8, 32, 32)), (16, 64, 64), device="cuda", **sizes, **asked)
     only = [config.own, config.seen, config.warps, config.stages]
-    return {
-        "forward": lambda: launch.forward(call, q, lse, only),
-        "grad_query": lambda: launch.grad_query(call, q, lse, q, lse, lse, q, only),
-        "grad_key": lambda: launch.grad_key(call, lse, q, lse, k, k, only),
-        "grad_extra": lambda: launch.grad_extra(call, lse, q, lse, only)[0],
-    }[config.kernel]()
+    return calls(problem, config.loads == "descriptor", only)[config.kernel]()
+
+
+def calls(problem: Problem, boxed: bool, only: list[int] | None = None) -> dict[str, Callable[[], Call]]:
+    """The calls of a forward and backward of a problem, on tensors without data."""
+
+    def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+        return torch.empty(problem.batch, *shape, dtype=dtype, device="meta")
+
+    q, k = (tensor(*problem.grid, heads, problem.head_dim) for heads in (problem.heads, problem.kv_heads))
+    out, v = (tensor(*problem.grid, heads, problem.value_dim) for heads in (problem.heads, problem.kv_heads))
+    extra = [tensor(problem.extra, problem.kv_heads, dim) for dim in (problem.head_dim, problem.value_dim)]
+    mask = tensor(problem.extra, dtype=torch.bool) if problem.extra_mask else None
+    call = Inputs(problem, q, k, v, 0.1, tuple(extra) if problem.extra else None, mask, boxed)
+    lse = launch.empty_lse(problem, q)
+    grad_lse = lse if problem.return_lse else None
+    found = {
+        "forward": lambda: launch.forward(call, out, lse, only),
+        "grad_query": lambda: launch.grad_query(call, out, lse, out, grad_lse, lse, q, only),
+        "grad_key": lambda: launch.grad_key(call, lse, out, lse, k, v, only),
+    }
+    return found | ({"grad_extra": lambda: launch.grad_extra(call, lse, out, lse, only)[0]} if problem.extra else {})
 
 
 def resources(kernel: Any) -> dict[str, int]:

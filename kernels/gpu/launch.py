@@ -21,7 +21,7 @@ from ..problem import Problem
 from . import boxes
 from .boxes import Tables, Tokens
 from .common import INTERPRETED
-from .tables import Boxes, axes, best_boxes, rows, step
+from .tables import Boxes, axes, best_boxes, rows, steps
 
 # Per kernel, bits of the dtype and head dim (padded to a power of two): choices of own tokens, visited tokens, warps,
 # stages. Chosen from what the compiler reports (resources.csv) and by counting visits; none was timed.
@@ -85,7 +85,7 @@ def tables(pattern: Pattern, grid: tuple[int, ...], found: Boxes, keys_own: bool
         *(torch.tensor([axis.lo, axis.hi], dtype=torch.int32, device=device) for axis, _ in both),
         *map(len, cut),
         *(axis.extent for axis, _ in both),
-        *(step(axis) for axis, _ in both),
+        *steps(pattern, grid),
         pattern.radius**2 if isinstance(pattern, Circle) else 0,
     )
 
@@ -139,8 +139,7 @@ def has_descriptors(device: torch.device) -> bool:
 
 def _visited(problem: Problem, found: Boxes, pair: tuple[torch.Tensor, torch.Tensor], boxed: bool) -> tuple:
     """The two tensors that a kernel visits: their descriptors, None unless both can have one, and their tokens."""
-    steps = {step(axis) for axis, _ in axes(problem.pattern, problem.grid)}
-    if boxed and steps == {1}:
+    if boxed and set(steps(problem.pattern, problem.grid)) == {1}:
         made = [described(t, found.seen, width) for t, width in zip(pair, widths(problem), strict=True)]
         if all(made):
             return (*zip(*made, strict=True),)

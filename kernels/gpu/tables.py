@@ -91,6 +91,12 @@ def axes(pattern: Separable, grid: tuple[int, ...], keys_own: bool = False) -> t
     return ((ONE, ONE),) * (3 - len(grid)) + tuple(found)
 
 
+@functools.lru_cache(maxsize=256)
+def steps(pattern: Separable, grid: tuple[int, ...]) -> tuple[int | None, ...]:
+    """`step` of three axes."""
+    return tuple(step(axis) for axis, _ in axes(pattern, grid))
+
+
 class Boxes(NamedTuple):
     """Sides of own and visited boxes, and what they cost: visits of boxes, full ones among them, own tiles."""
 
