@@ -64,8 +64,7 @@ class PowerStep(Blocked):
         first = (query - self.window + 1).clamp(min=0)  # first key of the window, then one past its last
         stop = query + 1 if self.causal else (query + self.window).clamp(max=tokens)
         sink = stop.clamp(max=self.sink) if self.causal else torch.full_like(query, min(self.sink, tokens))
-        pairs = int((stop - torch.maximum(first, torch.zeros_like(first))).sum())
-        pairs += int(torch.minimum(sink, first).sum()) + int((sink - stop).clamp(min=0).sum())
+        pairs = int((stop - first + torch.minimum(sink, first) + (sink - stop).clamp(min=0)).sum())
         for step in self._steps(grid):
             for side in (-step,) if self.causal else (-step, step):
                 start = (query // self.block + side) * self.block

@@ -62,7 +62,7 @@ def _lists(pattern: Streaming, tokens: int, device: str) -> Lists:
     return spans.lists([recent, sink], device)
 
 
-Maps = "tuple[torch.Tensor, torch.Tensor]"  # bool [query blocks, key blocks]: any pair of tokens, all pairs
+Maps = tuple[torch.Tensor, torch.Tensor]  # bool [query blocks, key blocks]: any pair of tokens, all pairs
 
 
 class Spans:
