@@ -287,6 +287,8 @@ def test_more_in_the_interpreter():
 
 
 def run_interpreted(marked: str, which: str) -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("older interpreters cannot loop over a count that was loaded; seen with triton 3.6")
     file = pathlib.Path(__file__).with_name("interpreted_triton_boxes.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "-k", which, str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
