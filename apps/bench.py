@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.files import atomic, check_new, writable_folder
 from vision_attn.apps.pattern_options import nearest
 
 
@@ -97,6 +97,9 @@ def kernels(
     timed = {name: known[name] for name in names if name not in left_out}
     if not timed:
         raise click.UsageError("--without leaves nobody to time")
+    for path in (csv_path, output):  # minutes of work would be lost
+        if path is not None:
+            writable_folder(path.parent)
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
     shown = sys.stderr.isatty() if progress is None else progress
