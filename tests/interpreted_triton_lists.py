@@ -28,8 +28,8 @@ from vision_attn.kernels.patterns import (
 )
 from vision_attn.kernels.testing import Case, error
 
-MOST = 20  # tiles of 16 x 16 that a random case visits: the interpreter takes a tenth of a second for the four kernels
-CASES = 8
+MOST = 12  # tiles of 16 x 16 that a random case visits: the interpreter takes a tenth of a second for the four kernels
+CASES = 6
 triton = functools.partial(attend, backend="triton")
 
 
@@ -39,9 +39,9 @@ def small(monkeypatch):
     them."""
     for module, name, value in (
         (radial, "SHORT", (16, 16)),
-        (streaming, "TILE", (32, 16)),
+        (streaming, "TILE", (16, 16)),
         (power_step, "TILE", (16, 16)),
-        (length_decay, "BLOCK", 32),
+        (length_decay, "BLOCK", 16),
     ):
         monkeypatch.setattr(module, name, value)
     config = {bits: {str(2**i): [[16, 16, 4, 1]] for i in range(4, 9)} for bits in ("16", "32")}
@@ -102,13 +102,13 @@ def empty_rows(*shape: int) -> torch.Tensor:
 
 half, brain = torch.float16, torch.bfloat16
 FIXED = {
-    "radial, tiles in one frame": lambda: case(Radial(decay=0.2, block=3, thin=0), (4, 16), brain),
+    "radial, tiles in one frame": lambda: case(Radial(decay=0.2, block=3, thin=0), (3, 16), brain),
     "radial, tiles in several frames": lambda: case(Radial(decay=0.3, block=2, thin=1), (5, 7), extra=3),
-    "radial by blocks": lambda: case(Radial(rule="block", block=16, thin=0), (3, 21), half),
-    "streaming": lambda: case(Streaming(window=20, sink=3), (53,), heads=2, kv_heads=2),
+    "radial by blocks": lambda: case(Radial(rule="block", block=16, thin=0), (3, 17), half),
+    "streaming": lambda: case(Streaming(window=20, sink=3), (53,)),
     "power steps": lambda: case(PowerStep(block=16, window=4, sink=2, causal=False), (53,)),
     "length decay": lambda: case(
-        LengthDecay(2, alpha=0.7, period=3, gamma=0.4, first_frame=True), (5, 13), extra=5, hidden=(1,)
+        LengthDecay(4, alpha=0.7, period=3, gamma=0.4, first_frame=True), (6, 8), extra=5, hidden=(1,)
     ),
     "length decay that is parabolic": lambda: case(LengthDecay(1, alpha=(0.9, 0.4), shape="parabolic"), (3, 11), brain),
     "lists per batch and head": lambda: case(
@@ -118,7 +118,7 @@ FIXED = {
         case(BlockList.from_mask(random_map(1, 4, 2, 3), (15, 12)), (3, 9), heads=4, kv_heads=2, extra=2)
     ),
     "lists per batch, with a bias": lambda: biased(
-        case(BlockList.from_mask(random_map(2, 1, 3, 3), 16), (3, 11), half, batch=2, heads=2)
+        case(BlockList.from_mask(random_map(2, 1, 2, 2), 16), (3, 7), half, batch=2, heads=2)
     ),
     "lists within a neighborhood, some blocks full": lambda: case(
         half_full(random_map(3, 3, share=0.9), (16, 16), Neighborhood((3, 4), dilation=(1, 2))), (5, 9)
@@ -143,7 +143,7 @@ def test_fixed_problems(name):
     assert FIXED[name]().compare("triton") >= 5
 
 
-@pytest.mark.parametrize("name", ("radial, tiles in one frame", "blocks of one token", "lists per batch, with a bias"))
+@pytest.mark.parametrize("name", ("radial by blocks", "blocks of one token"))
 def test_the_same_bits_by_descriptor_and_by_pointer(name, monkeypatch):
     made, results = FIXED[name](), []
     for boxed in (True, False):
@@ -153,7 +153,7 @@ def test_the_same_bits_by_descriptor_and_by_pointer(name, monkeypatch):
 
 
 def test_gradients_come_out_the_same_every_time():
-    made = FIXED["lists per head, of shared KV heads, with a bias"]()
+    made = FIXED["blocks of several tiles"]()
     again = [made.run(triton) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
 
@@ -197,11 +197,11 @@ def test_offsets_are_wider_than_32_bits():
 
 
 def test_trains_inside_a_compiled_graph():
-    mask, results = random_map(3, 4), []
+    mask, results = random_map(2, 2), []
     for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, 40, 1, 16, generator=generator).requires_grad_() for _ in range(3))
-        bias = torch.randn(3, 4, generator=generator).requires_grad_()
+        q, k, v = (torch.randn(1, 20, 1, 16, generator=generator).requires_grad_() for _ in range(3))
+        bias = torch.randn(2, 2, generator=generator).requires_grad_()
         out = function(q, k, v, BlockList.from_mask(mask, (16, 12)), bias=bias, backend="triton")
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))])
     assert max(error(a, b.double()) for a, b in zip(*results, strict=True)) < 1e-5

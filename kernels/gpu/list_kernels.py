@@ -71,27 +71,28 @@ def _tile(
 
 @triton.jit
 def _scores(
-    s, query, key, first_query, first_key, stop_key, entry, bias, rule, decay, tokens, scale,
+    s, first_query, first_key, query, key, stop_key, entry, bias, rule, decay, tokens, scale,
     BLOCK: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, SHAPE: tl.constexpr, BANDS: tl.constexpr,
     BIAS: tl.constexpr, PARTIAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Products of a tile to scores, minus infinity where a pair is not allowed, and what a rule multiplied them by.
 
-    `query` and `key` are token numbers that broadcast against `s`. Full blocks have one multiplier for all their pairs.
+    `query` and `key` number the tokens of the tile from its first ones; they broadcast against `s`. Full blocks have
+    one multiplier for all their pairs.
     """
     slope = 1.0
     if SHAPE >= 0:
-        apart = tl.abs(query - key) if PARTIAL else tl.abs(first_query - first_key)
+        apart = tl.abs(first_query - first_key + query - key) if PARTIAL else tl.abs(first_query - first_key)
         s = s * scale
         slope = tl.where(s < 0, 1.0, multiplier(apart, decay, SHAPE, BANDS))
         s = s * slope
     elif BIAS:
         s = s * scale + tl.load(bias + entry).to(tl.float32)
     if PARTIAL and KIND != NONE:
-        seen = allowed(query, key, first_key, entry, rule, tokens, KIND, PARTS, BLOCK) & (key < stop_key)
-        s = tl.where(seen, s, float("-inf"))
+        seen = allowed(first_query, first_key, query, key, entry, rule, tokens, KIND, PARTS, BLOCK)
+        s = tl.where(seen & (key < stop_key - first_key), s, float("-inf"))
     elif PARTIAL or RAGGED:
-        s = tl.where(key < stop_key, s, float("-inf"))
+        s = tl.where(key < stop_key - first_key, s, float("-inf"))
     return s, slope
 
 
@@ -126,8 +127,9 @@ def forward(
             start, last = block * BLOCK[1] + step % SUB * N, tl.minimum((block + 1) * BLOCK[1], tokens)
             key = _tile(k_box, k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
             s, _ = _scores(
-                dot(query, key.T, tl.zeros([M, N], tl.float32)), token[:, None], start + tl.arange(0, N)[None, :],
-                first, start, last, entry, bias, rule, decay, tokens, scale,
+                dot(query, key.T, tl.zeros([M, N], tl.float32)),
+                first, start, tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], last,
+                entry, bias, rule, decay, tokens, scale,
                 BLOCK, KIND, PARTS, SHAPE, BANDS, BIAS, PARTIAL, RAGGED,
             )  # fmt: skip
             p, m, total, acc = softmax_step(s, m, total, acc, factor, PARTIAL or BIAS)
@@ -192,8 +194,9 @@ def grad_query(
             key = _tile(k_box, k, batch, head // group, start, last, N, DIM, WIDTH, PARTIAL or RAGGED, BOXED)
             value = _tile(v_box, v, batch, head // group, start, last, N, VALUE, VALUE_WIDTH, PARTIAL or RAGGED, BOXED)
             s, slope = _scores(
-                dot(query, key.T, tl.zeros([M, N], tl.float32)), token[:, None], start + tl.arange(0, N)[None, :],
-                first, start, last, entry, bias, rule, decay, tokens, scale,
+                dot(query, key.T, tl.zeros([M, N], tl.float32)),
+                first, start, tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], last,
+                entry, bias, rule, decay, tokens, scale,
                 BLOCK, KIND, PARTS, SHAPE, BANDS, BIAS, PARTIAL, RAGGED,
             )  # fmt: skip
             p = tl.exp2(s * factor - top[:, None])
@@ -250,8 +253,9 @@ def grad_key(
                 top = _base2(lse, offsets, number < last)
                 d = tl.load(delta.data + offsets, mask=number < last, other=0.0)
                 s, slope = _scores(
-                    dot(key, query.T, tl.zeros([M, N], tl.float32)), number[None, :], token[:, None],
-                    start, first, stop, entries + place, bias, rule, decay, tokens, scale,
+                    dot(key, query.T, tl.zeros([M, N], tl.float32)),
+                    start, first, tl.arange(0, N)[None, :], tl.arange(0, M)[:, None], stop,
+                    entries + place, bias, rule, decay, tokens, scale,
                     BLOCK, KIND, PARTS, SHAPE, BANDS, BIAS, PARTIAL, False,
                 )  # fmt: skip
                 p = tl.exp2(s * factor - top[None, :])

@@ -25,6 +25,7 @@ from ..patterns import Blocked, LengthDecay, Pattern, Radial, Separable
 from ..patterns.blocks import Lists
 
 NONE, INTERVALS, RADIAL, MASKS = (tl.constexpr(kind) for kind in range(4))
+LARGEST_TILE = 128
 
 
 class Decay(NamedTuple):
@@ -46,17 +47,31 @@ class Decay(NamedTuple):
 
 
 @triton.jit
-def allowed(query, key, first_key, entry, rule, tokens, KIND: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which pairs of tokens see each other; `query` and `key` are token numbers that broadcast against each other.
+def allowed(
+    first_query, first_key, query, key, entry, rule, tokens,
+    KIND: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a tile of queries and a tile of keys see each other.
 
     Args:
-        first_key: the first token of the tile of keys.
+        first_query, first_key: the first token of each tile.
+        query, key: numbers in the tile, from 0; they broadcast against each other.
         entry: which entry of the lists this is.
         PARTS: axes of intervals, or the most frames that a tile of keys touches.
         BLOCK: tokens per block, `(queries, keys)`.
     """
-    query = tl.minimum(query, tokens - 1)
-    key = tl.minimum(key, tokens - 1)
+    if KIND == MASKS:  # what is read past the end of a block belongs to tokens that are masked, or not stored
+        at = tl.load(rule.numbers + entry).to(tl.int64) * (BLOCK[0] * BLOCK[1])
+        at += first_query % BLOCK[0] * BLOCK[1] + first_key % BLOCK[1]
+        return tl.load(rule.table + at + (query * BLOCK[1] + key)) != 0
+    else:
+        query = tl.minimum(first_query + query, tokens - 1)
+        key = tl.minimum(first_key + key, tokens - 1)
+        return _by_token(query, key, first_key, rule, tokens, KIND, PARTS)
+
+
+@triton.jit
+def _by_token(query, key, first_key, rule, tokens, KIND: tl.constexpr, PARTS: tl.constexpr):
     if KIND == INTERVALS:
         seen = (query >= 0) & (key >= 0)
         for part in tl.static_range(PARTS):
@@ -65,7 +80,7 @@ def allowed(query, key, first_key, entry, rule, tokens, KIND: tl.constexpr, PART
             lo = tl.load(table + tokens + query)
             hi = tl.load(table + 2 * tokens + query)
             seen &= (place - lo).to(tl.uint32) < (hi - lo).to(tl.uint32)
-    elif KIND == RADIAL:
+    else:
         frame = query // rule.positions
         position = query - frame * rule.positions
         seen = (query < 0) & (key < 0)
@@ -76,9 +91,6 @@ def allowed(query, key, first_key, entry, rule, tokens, KIND: tl.constexpr, PART
             hi = other * rule.positions + tl.minimum(position + width, rule.positions - 1)
             length = tl.maximum(hi + 1 - lo, 0)  # of a frame that is not seen the width is -1
             seen |= (key - lo).to(tl.uint32) < length.to(tl.uint32)
-    else:
-        at = tl.load(rule.numbers + entry).to(tl.int64) * (BLOCK[0] * BLOCK[1])
-        seen = tl.load(rule.table + at + query % BLOCK[0] * BLOCK[1] + key % BLOCK[1]) != 0
     return seen
 
 
@@ -177,7 +189,7 @@ def masks(pattern: Blocked, grid: tuple[int, ...], lists: Lists, device: torch.d
         )
         tiles = predicate(query[:, :, None], key[:, None]).expand(-1, *lists.block).to(torch.uint8).numpy()
         numbers[some] = torch.tensor([kinds.setdefault(t.tobytes(), len(kinds)) for t in tiles], dtype=torch.int32)
-    table = torch.frombuffer(bytearray(b"".join(kinds) or b"\0"), dtype=torch.uint8)
+    table = torch.frombuffer(bytearray(b"".join(kinds) + bytes(LARGEST_TILE * (lists.block[1] + 1))), dtype=torch.uint8)
     return Rule(MASKS.value, Test(table.to(device), numbers.to(device)))
 
 
