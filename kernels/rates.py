@@ -49,7 +49,7 @@ def load_profile(device: str | os.PathLike) -> Profile:
     names = sorted(path.stem for path in PROFILES.glob("*.json"))
     path = here() if device == HERE else Path(device) if str(device).endswith(".json") else PROFILES / f"{device}.json"
     if device == HERE and not path.exists():
-        raise ValueError("this machine has no profile yet; run `vision-attn simulate --measure` (half a minute)")
+        raise ValueError("this machine has no profile yet; run `vision-attn simulate --measure` (some seconds)")
     if not path.exists():
         raise ValueError(f"no device profile {str(device)!r}; allowed: {', '.join([*names, HERE])}, or a .json file")
     try:
