@@ -136,7 +136,7 @@ class Gaps(Separable):
 
 FIXED = {
     "one token": case(Dense(), (1,)),
-    "one-wide": case(Neighborhood((1, 3, 1)), (1, 17, 1), heads=2, kv_heads=1),
+    "one-wide": case(Neighborhood((1, 3, 1)), (1, 17, 1), heads=4, kv_heads=2),
     "full boxes in 2-D": case(Neighborhood(8), (9, 11), dim=32),
     "full boxes in 3-D": case(Neighborhood((2, 4, 5), (1, 2, 3)), (2, 5, 7), torch.bfloat16),
     "dilated, strided and causal": case(
