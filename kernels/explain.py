@@ -133,7 +133,15 @@ def explain(
         )
         density = pattern.density(grid)
         tile_bound = heads / sum(part.problem.heads / part.tile_bound for part in parts)
-        return Explanation(problem, (), density, 1 / density if density else math.inf, tile_bound, "the best tiles of every part", parts)
+        return Explanation(
+            problem,
+            (),
+            density,
+            1 / density if density else math.inf,
+            tile_bound,
+            "the best tiles of every part",
+            parts,
+        )
     if bias:
         check_bias(pattern, grid, heads)
     used = choose(problem, backend)
