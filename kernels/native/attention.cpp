@@ -30,16 +30,18 @@ static int forward(const Call& call, const Plan& plan) {
             auto attend = [&](bool careful) {
                 tile.careful = careful;
                 tile.start(sizes);
-                tile.absorb(source.list.view(), key + source.first * sizes.key_step,
+                tile.absorb(source.list().view(), key + source.first * sizes.key_step,
                             value + source.first * sizes.value_step, sizes);
                 tile.absorb(extra.view(), key, value, sizes);
-                bool finite = true;
+                vec odd{};
                 for (int i = 0; i < WIDTH; i++)
                     if (const int64_t row = source.lanes.row[i]; row >= 0) {
-                        finite &= tile.finish(i, call.out + row * sizes.value, sizes);
+                        odd += tile.finish(i, call.out + row * sizes.value, sizes);
                         if (call.lse) call.lse[row] = tile.log_sum(i);
                     }
-                return finite;
+                float rest = 0;
+                for (int i = 0; i < LANES; i++) rest += odd[i];
+                return rest == 0;
             };
             if (!attend(false)) attend(true);
         }
@@ -124,7 +126,7 @@ static int backward(const Call& call, const Plan& plan) {
                 source.open(batch, head % call.kv_heads, t);
                 prepare(tile, call, source.lanes);
                 const int64_t first = source.first, at = first - into.low, behind = into.high - into.low - call.tokens();
-                tile.pull(source.list.view(), key + first * sizes.key_step, value + first * sizes.value_step,
+                tile.pull(source.list().view(), key + first * sizes.key_step, value + first * sizes.value_step,
                           into.key + at * sizes.key_step, into.value + at * sizes.value_step, sizes);
                 tile.pull(extra.view(), key, value, into.key + behind * sizes.key_step,
                           into.value + behind * sizes.value_step, sizes);

@@ -21,7 +21,7 @@ KEY_COST, TILE_COST = {1: 1.0, 2: 1.8}, 24
 class Side(ctypes.Structure):
     """As in call.h."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("tiles", "lanes")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("tiles", "lanes", "kinds")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("query", "kind", "first", "start", "key", "seen")]
 
 
@@ -50,7 +50,7 @@ def plan(pattern: Separable, grid: tuple[int, ...], group: int, lanes: int) -> P
         every = sum(1 << (o * side * inner + i) for o in range(heads * math.prod(sides[:index])) for i in range(inner))
         columns = _side(axis, side, [every << (i * inner) for i in range(side)])
         made = [torch.tensor(c, dtype=torch.int64).to(torch.int32) for c in columns]
-        boxes.side[index] = Side(len(columns[1]), side, *(t.data_ptr() for t in made))
+        boxes.side[index] = Side(len(columns[1]), side, len(columns[3]) - 1, *(t.data_ptr() for t in made))
         tables += made
     return Plan(boxes, tables)
 

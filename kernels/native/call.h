@@ -14,7 +14,7 @@
 // One axis of a separable pattern, cut into tiles of queries. Tiles that look alike, keys and masks relative to their
 // first key, are of one kind.
 struct Side {
-    int32_t tiles, lanes;
+    int32_t tiles, lanes, kinds;
     const int32_t *query;  // [tiles, lanes] coordinates, -1 for none
     const int32_t *kind;   // [tiles]
     const int32_t *first;  // [tiles] coordinate of the first key

@@ -45,11 +45,16 @@ struct BoxSource {
     const Boxes& boxes;
     const Side* side = boxes.side;
     Lanes<NV> lanes;
-    List list;
+    std::vector<List> lists;  // of every kind of tile that came up, when they are few; else only the last
+    int64_t last = -1, now = 0;
     int64_t first = 0;  // token that the list counts from
-    int32_t kind[3] = {-1, -1, -1};
 
-    BoxSource(const Call& call, const Boxes& boxes) : call(call), boxes(boxes) {}
+    BoxSource(const Call& call, const Boxes& boxes) : call(call), boxes(boxes) {
+        int64_t kinds = 1, keys = 1;
+        for (int a = 0; a < 3; a++) kinds *= side[a].kinds, keys *= side[a].start[side[a].kinds];
+        lists.resize(keys <= 1 << 18 ? kinds : 1);
+    }
+    const List& list() const { return lists[lists.size() > 1 ? now : 0]; }
     static int64_t tiles(const Call& call, const Boxes& boxes) {
         const Side* s = boxes.side;
         return (call.group + boxes.group - 1) / boxes.group * (int64_t)s[0].tiles * s[1].tiles * s[2].tiles;
@@ -69,14 +74,14 @@ struct BoxSource {
     }
 
     void open(int64_t batch, int64_t kv_head, int64_t tile) {
-        int64_t at[3];
-        bool other = false;
+        int64_t at[3], step = 1;
+        now = 0;
         for (int a = 2; a >= 0; a--) {
             at[a] = tile % side[a].tiles, tile /= side[a].tiles;
-            other |= kind[a] != side[a].kind[at[a]];
-            kind[a] = side[a].kind[at[a]];
+            now += side[a].kind[at[a]] * step, step *= side[a].kinds;
         }
-        if (other) list_keys();
+        if (lists.size() > 1 ? lists[now].token.empty() : now != last) list_keys(lists[lists.size() > 1 ? now : 0], at);
+        last = now;
         first = 0;
         for (int a = 0; a < 3; a++) first = first * call.grid[a] + side[a].first[at[a]];
         int lane = 0;
@@ -95,16 +100,20 @@ struct BoxSource {
         for (; lane < LANES * NV; lane++) lanes.clear(lane);
     }
 
-    // The keys of the tiles of one kind, relative to the first of them.
-    void list_keys() {
-        const Side *a = side, *b = a + 1, *c = a + 2;
+    // The keys of the tiles that are like this one, relative to the first of them.
+    void list_keys(List& list, const int64_t* at) {
+        int from[3], to[3];
+        for (int a = 0; a < 3; a++) {
+            const int32_t* start = side[a].start + side[a].kind[at[a]];
+            from[a] = start[0], to[a] = start[1];
+        }
         list.clear();
-        for (int x = a->start[kind[0]]; x < a->start[kind[0] + 1]; x++)
-            for (int y = b->start[kind[1]]; y < b->start[kind[1] + 1]; y++) {
-                const int64_t line = ((int64_t)a->key[x] * call.grid[1] + b->key[y]) * call.grid[2];
-                const uint32_t seen = a->seen[x] & b->seen[y];
-                for (int z = c->start[kind[2]]; z < c->start[kind[2] + 1]; z++)
-                    if (seen & c->seen[z]) list.add(line + c->key[z], seen & c->seen[z]);
+        for (int x = from[0]; x < to[0]; x++)
+            for (int y = from[1]; y < to[1]; y++) {
+                const int64_t line = ((int64_t)side[0].key[x] * call.grid[1] + side[1].key[y]) * call.grid[2];
+                const uint32_t seen = side[0].seen[x] & side[1].seen[y];
+                for (int z = from[2]; z < to[2]; z++)
+                    if (seen & side[2].seen[z]) list.add(line + side[2].key[z], seen & side[2].seen[z]);
             }
         list.close();
     }
@@ -116,10 +125,11 @@ struct BlockSource {
     const Call& call;
     const Blocks& blocks;
     Lanes<NV> lanes;
-    List list;
+    List keys;
     static constexpr int64_t first = 0;
 
     BlockSource(const Call& call, const Blocks& blocks) : call(call), blocks(blocks) {}
+    const List& list() const { return keys; }
     static int64_t pieces(const Blocks& blocks) { return (blocks.query + WIDTH - 1) / WIDTH; }
     static int64_t tiles(const Call& call, const Blocks& blocks) { return call.group * blocks.rows * pieces(blocks); }
     static int64_t run(const Call&, const Blocks& blocks) { return pieces(blocks); }
@@ -140,20 +150,20 @@ struct BlockSource {
     }
 
     void list_keys(int64_t row, int64_t query) {
-        list.clear();
+        keys.clear();
         const int64_t words = (blocks.query + 31) / 32;
         for (int32_t slot = 0; slot < blocks.count[row]; slot++) {
             const int64_t start = (int64_t)blocks.index[row * blocks.slots + slot] * blocks.key;
             const int64_t rest = call.tokens() - start, count = rest < blocks.key ? rest : blocks.key;
             const int32_t number = blocks.mask ? blocks.mask[row * blocks.slots + slot] : -1;
             if (number < 0) {
-                for (int64_t j = 0; j < count; j++) list.add(start + j, ~0u);
+                for (int64_t j = 0; j < count; j++) keys.add(start + j, ~0u);
                 continue;
             }
             const uint32_t* bits = blocks.bits + (number * words + query / 32) * blocks.key;
             for (int64_t j = 0; j < count; j++)
-                if (const uint32_t seen = bits[j] >> query % 32 & (uint32_t)((1ull << WIDTH) - 1)) list.add(start + j, seen);
+                if (const uint32_t seen = bits[j] >> query % 32 & (uint32_t)((1ull << WIDTH) - 1)) keys.add(start + j, seen);
         }
-        list.close();
+        keys.close();
     }
 };

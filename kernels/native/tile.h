@@ -160,21 +160,20 @@ struct Tile {
         return total == 0 ? NOTHING : float((top[lane / LANES][lane % LANES] + std::log2((double)total)) * LN2);
     }
 
-    // Divide the sums of a lane and write them to `row`; false when any of them is not finite.
-    bool finish(int lane, float* row, const Sizes& sizes) const {
+    // Divide the sums of a lane and write them to `row`; returns what is 0 when all of them are finite, else NaN.
+    INLINE vec finish(int lane, float* row, const Sizes& sizes) const {
         const float total = sum[lane / LANES][lane % LANES], by = total == 0 ? 0.0f : 1.0f / total;
-        vec odd = vec{};
+        const float* from = out + lane * sizes.value_step;
+        vec odd{};
         for (int c = 0; c < sizes.value; c += LANES) {
-            const vec x = load(out + lane * sizes.value_step + c) * by;
+            const vec x = load(from + c) * by;
             if (c + LANES <= sizes.value)
                 store(row + c, x);
             else
                 std::memcpy(row + c, &x, sizeof(float) * (sizes.value - c));
             odd += x * 0.0f;
         }
-        float rest = 0;
-        for (int i = 0; i < LANES; i++) rest += odd[i];
-        return rest == 0;
+        return odd;
     }
 };
 
