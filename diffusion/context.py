@@ -108,12 +108,12 @@ class Context:
         return None
 
     def plan(self, grid: Grid) -> tuple[Pattern, bool]:
-        """The pattern fitted to a grid, and whether it keeps everything. Compiled code knows that of `Dense()` only."""
+        """The pattern fitted to a grid, and whether it is plain attention there. Compiled code knows that of `Dense()` only."""
         if torch.compiler.is_compiling():
             return fit(self.pattern, grid), isinstance(self.pattern, Dense)
         if grid not in self.plans:
             pattern = fit(self.pattern, grid)
-            self.plans[grid] = pattern, pattern.density(grid) == 1.0
+            self.plans[grid] = pattern, pattern.is_dense(grid)
         return self.plans[grid]
 
     def scale(self, scale: float | None, head_dim: int, keys: int) -> float | None:

@@ -15,7 +15,7 @@ from .patterns import Dense, Neighborhood
 from .patterns.base import Ints, along, check_grid, is_int
 from .rates import Profile, load_profile, short
 from .simulate import predict
-from .tiles import _boxes, best_bound, bound
+from .tiles import best_bound, bound, boxes
 
 TILES = ((128, 128), (64, 64))  # queries and keys that GPU kernels work with, in the order they are tried
 LARGEST = 2**22  # tokens up to which a break-even is looked for
@@ -167,7 +167,7 @@ def _best_shapes(grid, wanted, pair, aligned, keep):
     rank = len(grid)
     axes = [_full_tiles(extent, window, keep) for extent, window in zip(grid, wanted, strict=True)]
     best, chosen = 0.0, None
-    for query_tile, key_tile in itertools.product(*(_boxes(size, rank) for size in pair)):
+    for query_tile, key_tile in itertools.product(*(boxes(size, rank) for size in pair)):
         parts = [axis.get((tq, tk, aligned)) for axis, tq, tk in zip(axes, query_tile, key_tile, strict=True)]
         if all(parts) and (score := math.prod(part[0] for part in parts)) > best:
             window, stride = (tuple(part[i] for part in parts) for i in (1, 2))

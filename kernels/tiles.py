@@ -77,10 +77,10 @@ def visits(axis: Axis, queries: int, keys: int, aligned: bool = False) -> tuple[
         last = min(first + queries, axis.extent) - 1
         lo, hi = axis.lo[first], axis.hi[last]
         start = lo // keys * keys if aligned else lo
-        boxes = max(-(-(hi - start) // keys), 0)
-        total += boxes
+        count = max(-(-(hi - start) // keys), 0)
+        total += count
         # box r, from start + r * keys on, is full when it starts at lo[last] or later and stops by hi[first]
-        full += max(min((axis.hi[first] - start) // keys, boxes) - max(-(-(axis.lo[last] - start) // keys), 0), 0)
+        full += max(min((axis.hi[first] - start) // keys, count) - max(-(-(axis.lo[last] - start) // keys), 0), 0)
     return total, full
 
 
@@ -127,11 +127,11 @@ def best_bound(
         counts = [count(index, tq, tk) for index, (tq, tk) in enumerate(zip(*tiles, strict=True))]
         return math.prod(c[0] for c in counts), -math.prod(c[1] for c in counts)
 
-    best = min(itertools.product(_boxes(queries, len(grid)), _boxes(keys, len(grid))), key=cost)
+    best = min(itertools.product(boxes(queries, len(grid)), boxes(keys, len(grid))), key=cost)
     return math.prod(grid) ** 2 / (cost(best)[0] * queries * keys), *best
 
 
-def _boxes(size: int, rank: int) -> list[tuple[int, ...]]:
+def boxes(size: int, rank: int) -> list[tuple[int, ...]]:
     """Shapes of `size` tokens with power-of-two sides."""
     powers = [2**i for i in range(size.bit_length())]
     return [shape for shape in itertools.product(powers, repeat=rank) if math.prod(shape) == size]
@@ -151,6 +151,6 @@ def aligned_tile(pattern: Separable, grid: tuple[int, ...], size: int) -> tuple[
     """The box of `size` tokens with power-of-two sides that, as query and key tile in one, makes the fewest visits."""
     axes = pattern.axes(grid)
     return min(
-        _boxes(size, len(grid)),
+        boxes(size, len(grid)),
         key=lambda s: math.prod(visits(a, t, t, aligned=True)[0] for a, t in zip(axes, s, strict=True)),
     )

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from diffusers.models.attention_dispatch import attention_backend  # noqa: E402
 from diffusion_models import MODELS, Model, noise  # noqa: E402
 
-from vision_attn import Dense, Neighborhood, Radial, SlidingTile, Window, attach  # noqa: E402
+from vision_attn import Dense, LengthDecay, Neighborhood, PerHead, Radial, SlidingTile, Window, attach  # noqa: E402
 from vision_attn.diffusion import FAMILIES  # noqa: E402
 
 EVERY = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -64,6 +64,20 @@ class Oracle:
             allowed[start : start + image, start : start + image] = self.masks[image]
             attn_mask = allowed if attn_mask is None else allowed & attn_mask
         return self.plain(query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def test_what_keeps_every_pair_can_still_change_the_model():
+    """LengthDecay leaves nothing out, but is not plain attention; per head it changes its own heads alone."""
+    model = MODELS["WanTransformer3DModel"]
+    denoiser, decay = model.build(), LengthDecay(train_frames=1, alpha=0.1)
+    heads, dense = denoiser.config.num_attention_heads, run(model, denoiser)
+    assert decay.density(model.grid) == 1.0 and not decay.is_dense(model.grid)
+    outputs = []
+    for pattern in (decay, PerHead(((1, Dense()), (heads - 1, decay)))):
+        with attach(denoiser, pattern):
+            outputs.append(run(model, denoiser))
+        assert torch.equal(run(model, denoiser), dense)
+    assert all((out - dense).abs().max() > 1e-4 for out in outputs) and not torch.equal(*outputs)
 
 
 @EVERY

@@ -45,6 +45,11 @@ class Pattern:
         """Share of the query-key pairs that are allowed, from 0 to 1."""
         raise NotImplementedError
 
+    def is_dense(self, grid: tuple[int, ...]) -> bool:
+        """Whether this is plain attention on `grid`: nothing is left out and nothing is changed."""
+        plain = self.score_rule(grid) is None and type(self).prepare is Pattern.prepare
+        return plain and self.density(grid) == 1.0
+
     def score_rule(self, grid: tuple[int, ...], device: Any = "cpu") -> ScoreRule | None:
         """A function of (scaled scores, query token, key token) that gives the scores to use; None leaves them as they
         are.

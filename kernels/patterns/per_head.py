@@ -59,6 +59,9 @@ class PerHead(Pattern):
     def density(self, grid: tuple[int, ...]) -> float:
         return sum(heads * pattern.density(grid) for heads, pattern in self.parts) / self.heads
 
+    def is_dense(self, grid: tuple[int, ...]) -> bool:
+        return all(pattern.is_dense(grid) for _, pattern in self.parts)
+
     def to_dict(self) -> dict[str, Any]:
         return {"pattern": self.name, "parts": [[heads, pattern.to_dict()] for heads, pattern in self.parts]}
 
