@@ -110,7 +110,7 @@ def explain(
         TypeError, ValueError: as `attend` would.
 
     >>> from vision_attn import Neighborhood
-    >>> answer = explain(Neighborhood(window=13), (64, 64), heads=4)
+    >>> answer = explain(Neighborhood(window=13), (64, 64), heads=4, dtype=torch.float64)
     >>> answer.used, round(answer.bound, 1), round(answer.tile_bound, 2)
     ('tiled', 24.2, 9.85)
     """

@@ -102,7 +102,8 @@ def test_show(tmp_path, capsys):
     assert "density 14.1%" in capsys.readouterr().out and path.read_bytes() != before
 
 
-def test_explain(capsys):
+def test_explain(capsys, monkeypatch):
+    monkeypatch.setenv("VISION_ATTN_NATIVE", "0")
     argv = ["explain", "radial", "--decay", "0.2", "--grid", "18,48,80", "--heads", "12", "--head-dim", "128"]
     argv += ["--dtype", "bfloat16", "--device", "cpu"]
     assert main(argv) == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vision_attn import BlockList, Dense, Neighborhood, Radial, SlidingTile, Window, attend, explain
-from vision_attn.kernels.backends import tiled
+from vision_attn.kernels.backends import BACKENDS, tiled
 from vision_attn.kernels.explain import support_table
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import random_neighborhood, random_pattern
@@ -117,7 +117,8 @@ def test_dilation_is_counted_per_group():
 @pytest.mark.parametrize(
     "pattern", [Neighborhood(13), Window(8), SlidingTile(8, 3), Dense(), Radial(0.2, 64)], ids=lambda p: p.name
 )
-def test_explain(pattern):
+def test_explain(pattern, monkeypatch):
+    monkeypatch.setenv("VISION_ATTN_NATIVE", "0")
     answer = explain(pattern, (64, 64), heads=4)
     assert answer.used == "tiled"
     assert answer.density == pattern.density((64, 64)) and answer.bound == pytest.approx(1 / answer.density)
@@ -125,12 +126,7 @@ def test_explain(pattern):
     text = str(answer)
     assert all(name in text for name in ("tiled", "flex", "natten", "reference", "density"))
     again = json.loads(json.dumps(answer.to_dict()))
-    assert again["used"] == "tiled" and {b["backend"] for b in again["backends"]} == {
-        "tiled",
-        "flex",
-        "natten",
-        "reference",
-    }
+    assert again["used"] == "tiled" and [b["backend"] for b in again["backends"]] == list(BACKENDS)
     assert all(v.reasons for v in answer.backends if v.status != "used")
 
 
@@ -156,10 +152,11 @@ def test_support_table_is_what_the_backends_do():
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in support_table().splitlines()]
     assert rows[0] == ["backend", "dtype", "cpu", "cuda"]
     table = {(r[0], r[1]): r[2] for r in rows[2:]}
-    assert len(table) == 16
+    assert len(table) == 4 * len(BACKENDS)
     assert table["tiled", "float64"] == table["reference", "float16"] == "forward, backward"
     assert table["natten", "float64"] == table["flex", "float64"] == "no"
     assert table["natten", "float32"] == table["flex", "bfloat16"] == "forward"
+    assert table["cpu", "bfloat16"] == "forward, backward" and table["triton", "float32"] == "no"
     q = torch.randn(1, 8, 8, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     assert torch.autograd.grad(attend(q, q, q, Neighborhood(3)).sum(), q)[0].dtype == torch.bfloat16
 
