@@ -13,6 +13,7 @@ import torch
 from vision_attn import BlockList, Dense, Neighborhood, Radial, Window, attend, explain
 from vision_attn.kernels.backends import cpu
 from vision_attn.kernels.native import build
+from vision_attn.kernels.patterns import Circle
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import Case
 
@@ -75,6 +76,8 @@ LARGE = [
     (Neighborhood(7, dilation=3, causal=True), (29, 31), 33, 17),
     (Window((7, 7), (3, 3)), (23, 29), 16, 16),
     (Dense(), (601,), 40, 40),
+    (Circle(7), (31, 17), 32, 32),
+    (Circle(4, pooled=3), (3, 15, 12), 16, 24),
     (Radial(decay=0.3, block=16, thin=0), (7, 9, 13), 32, 32),
 ]
 

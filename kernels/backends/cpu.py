@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 
 from ..native import build, call
-from ..patterns import Blocked, Separable
+from ..patterns import Blocked, Circle, Separable
 from ..problem import Problem
+
+LEAST = 4096  # tiled takes a few milliseconds for these
 
 # Have the kernel ready to run, compiling it where need be; False when that failed, and then `missing` says why.
 load = build.load
@@ -25,7 +27,7 @@ def limits(problem: Problem) -> list[str]:
         reasons.append("no float64: the kernel sums in float32")
     if not isinstance(pattern, (Separable, Blocked)):
         reasons.append(f"{type(pattern).__name__} gives neither intervals nor block lists")
-    if isinstance(pattern, Separable) and type(pattern).inside is not Separable.inside:
+    if not isinstance(pattern, Circle) and getattr(type(pattern), "inside", None) not in (None, Separable.inside):
         reasons.append(f"does not know the shape of {type(pattern).__name__}, which is no product over the axes")
     if type(pattern).score_rule is not Separable.score_rule:
         reasons.append(f"no score rule, which {type(pattern).__name__} has")
@@ -35,7 +37,14 @@ def limits(problem: Problem) -> list[str]:
 
 
 def by_name_only(problem: Problem) -> str | None:
-    return "being built"
+    if build.instruction_set() == "portable":
+        return "without AVX2 it is not faster than tiled"
+    pattern, plain = problem.pattern, not problem.return_lse and not problem.extra_mask
+    if plain and isinstance(pattern, Separable) and pattern.density(problem.grid) > 0.5:
+        return "where most pairs are kept tiled is as fast"
+    if problem.batch * problem.heads * problem.tokens < LEAST:
+        return f"not worth compiling for less than {LEAST} queries in all batch entries and heads"
+    return None
 
 
 def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):

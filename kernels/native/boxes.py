@@ -10,12 +10,13 @@ import math
 
 import torch
 
-from ..patterns import Separable
+from ..patterns import Circle, Separable
 from ..patterns.base import Axis
 from ..tiles import cut
 
-# Cost of one key for a tile of one and of two vectors of queries, and of a tile in keys: as measured with AVX-512.
-KEY_COST, TILE_COST = {1: 1.0, 2: 1.8}, 24
+# What a key costs a tile of two vectors of queries: this much once, and the rest for every vector that sees it, where one
+# vector alone is 1; and what a tile costs on top, in keys. As measured with AVX-512.
+SHARED, TILE_COST = 0.25, 24
 
 
 class Side(ctypes.Structure):
@@ -28,7 +29,7 @@ class Side(ctypes.Structure):
 class Boxes(ctypes.Structure):
     """As in call.h."""
 
-    _fields_ = [("vectors", ctypes.c_int32), ("group", ctypes.c_int32), ("side", Side * 3)]
+    _fields_ = [*((n, ctypes.c_int32) for n in ("vectors", "group", "radius")), ("side", Side * 3)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def plan(pattern: Separable, grid: tuple[int, ...], group: int, lanes: int) -> P
     """How to cut `grid` for vectors of `lanes` floats when `group` query heads share their keys."""
     axes = [Axis((0,), (0,), (1,), (0, 1))] * (3 - len(grid)) + list(pattern.axes(grid))
     vectors, heads, sides = _shape(axes, group, lanes)
-    boxes, tables = Boxes(vectors, heads), []
+    boxes, tables = Boxes(vectors, heads, pattern.radius if isinstance(pattern, Circle) else 0), []
     for index, (axis, side) in enumerate(zip(axes, sides, strict=True)):
         inner = math.prod(sides[index + 1 :])
         every = sum(1 << (o * side * inner + i) for o in range(heads * math.prod(sides[:index])) for i in range(inner))
@@ -57,21 +58,24 @@ def plan(pattern: Separable, grid: tuple[int, ...], group: int, lanes: int) -> P
 
 def _shape(axes: list[Axis], group: int, lanes: int) -> tuple[int, int, tuple[int, ...]]:
     """Vectors per tile, query heads and queries along each axis in it: the cheapest under the cost above."""
-    most = lanes * max(KEY_COST)
-    rows = []
+    powers, rows = [2**i for i in range((2 * lanes).bit_length())], []
     for axis in axes:
-        sides = [s for s in {*(2**i for i in range(6)), axis.extent} if s <= min(most, axis.extent)]
-        tiles = [cut(axis, s) for s in sides]
-        rows.append([(s, sum(high - low for *_, low, high in t), len(t)) for s, t in zip(sides, tiles, strict=True)])
-    heads = sorted(h for h in {*(2**i for i in range(6)), group} if h <= min(most, group))
-    best = None
-    for h, *combination in itertools.product(heads, *rows):
-        sides, keys, tiles = zip(*combination, strict=True)
-        vectors = -(-h * math.prod(sides) // lanes)
-        if vectors not in KEY_COST:
+        tiles = {s: cut(axis, s) for s in {*powers, axis.extent} if s <= min(2 * lanes, axis.extent)}
+        rows.append({s: (sum(high - low for *_, low, high in t), len(t)) for s, t in tiles.items()})
+    best = (float("inf"),)
+    for heads, *sides in itertools.product({h for h in {*powers, group} if h <= group}, *rows):
+        vectors = -(-heads * math.prod(sides) // lanes)
+        if vectors > 2:
             continue
-        cost = -(-group // h) * (math.prod(keys) + TILE_COST * math.prod(tiles)) * KEY_COST[vectors]
-        best = min(best or (math.inf,), (cost, vectors, h, sides))
+        keys, tiles = (math.prod(row[side][i] for row, side in zip(rows, sides, strict=True)) for i in range(2))
+        seen = keys
+        if vectors == 2:  # each vector is half of the tile, and where no query head is split also half as long
+            outer = next((i for i, side in enumerate(sides) if side > 1), 0)
+            half = rows[outer].get(sides[outer] // 2, rows[outer][sides[outer]])[0] / 2
+            each = keys if heads > 1 else keys * half / rows[outer][sides[outer]][0]
+            seen = SHARED * keys + (1 - SHARED) * 2 * each
+        cost = -(-group // heads) * (seen + TILE_COST * tiles)
+        best = min(best, (cost, vectors, heads, tuple(sides)))
     return best[1:]
 
 

@@ -23,9 +23,10 @@ struct Side {
     const uint32_t *seen;  // which lanes of a tile see the key, as far as this axis goes
 };
 
-// Lanes of a tile are numbered [group, axis 0, axis 1, axis 2]; there are at most LANES * vectors.
+// Lanes of a tile are numbered [group, axis 0, axis 1, axis 2]; there are at most LANES * vectors. With `radius` above 0 a
+// query sees only the keys less than that far away on the last two axes.
 struct Boxes {
-    int32_t vectors, group;
+    int32_t vectors, group, radius;
     Side side[3];
 };
 

@@ -52,7 +52,7 @@ struct BoxSource {
     BoxSource(const Call& call, const Boxes& boxes) : call(call), boxes(boxes) {
         int64_t kinds = 1, keys = 1;
         for (int a = 0; a < 3; a++) kinds *= side[a].kinds, keys *= side[a].start[side[a].kinds];
-        lists.resize(keys <= 1 << 18 ? kinds : 1);
+        lists.resize(keys <= 1 << 20 ? kinds : 1);
     }
     const List& list() const { return lists[lists.size() > 1 ? now : 0]; }
     static int64_t tiles(const Call& call, const Boxes& boxes) {
@@ -112,10 +112,26 @@ struct BoxSource {
             for (int y = from[1]; y < to[1]; y++) {
                 const int64_t line = ((int64_t)side[0].key[x] * call.grid[1] + side[1].key[y]) * call.grid[2];
                 const uint32_t seen = side[0].seen[x] & side[1].seen[y];
-                for (int z = from[2]; z < to[2]; z++)
-                    if (seen & side[2].seen[z]) list.add(line + side[2].key[z], seen & side[2].seen[z]);
+                for (int z = from[2]; z < to[2]; z++) {
+                    uint32_t both = seen & side[2].seen[z];
+                    if (boxes.radius) both &= disc(at, side[1].key[y], side[2].key[z]);
+                    if (both) list.add(line + side[2].key[z], both);
+                }
             }
         list.close();
+    }
+
+    // The lanes of a tile that are near enough to a key, which is given relative to the first.
+    uint32_t disc(const int64_t* at, int64_t y, int64_t z) const {
+        const int32_t *rows = side[1].query + at[1] * side[1].lanes, *columns = side[2].query + at[2] * side[2].lanes;
+        uint32_t near = 0, bit = 1;
+        for (int outer = 0; outer < boxes.group * side[0].lanes; outer++)
+            for (int i = 0; i < side[1].lanes; i++)
+                for (int j = 0; j < side[2].lanes; j++, bit <<= 1) {
+                    const int64_t dy = side[1].first[at[1]] + y - rows[i], dx = side[2].first[at[2]] + z - columns[j];
+                    if (dy * dy + dx * dx < (int64_t)boxes.radius * boxes.radius) near |= bit;
+                }
+        return near;
     }
 };
 
