@@ -377,7 +377,8 @@ def test_growth_is_the_power_of_the_tokens():
 def test_table_shows_the_newest_run_of_every_problem(tmp_path):
     assert bench_table(tmp_path) == "Nothing has been measured yet."
     old = [made("a", "sdpa", ms="9"), made("a", "gone", ms="8"), made("b", "sdpa", ms="7")]
-    new = [made("a", "sdpa", ms="6", date="2026-02-01", speedup="1"), made("a", "tiled", date="2026-02-01", ms="123.4")]
+    once = dict(date="2026-02-01", speedup="1", speedup_min="1", speedup_max="1")
+    new = [made("a", "sdpa", ms="6", device="cuda", **once), made("a", "tiled", date="2026-02-01", ms="123.4")]
     new += [made("a", "flex", date="2026-02-01", status="wrong", ms="", speedup="")]
     with open(tmp_path / "cpu.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -385,12 +386,12 @@ def test_table_shows_the_newest_run_of_every_problem(tmp_path):
         writer.writerows(old + new)
     assert bench_table(tmp_path).splitlines() == [
         "box, threads: 2; 2026-01-02 to 2026-02-01, torch 2.11. "
-        "Milliseconds, and in brackets how many times faster than sdpa.",
+        "Times faster than sdpa, median of the rounds, lowest and highest in brackets.",
         "",
         "| problem | density | sdpa | tiled |",
         "| --- | --- | --- | --- |",
-        "| a | 25.0% | 6 (1x) | 123 (1.5x) |",
-        "| b | 25.0% | 7 (1.5x) |  |",
+        "| a | 25.0% | 6 ms, 1x | 1.5x (1.2 to 2) |",
+        "| b | 25.0% | 1.5x (1.2 to 2) |  |",
     ]
 
 

@@ -32,7 +32,13 @@ def families_table() -> str:
     return families_table()
 
 
-TABLES = {"backends": backends_table, "families": families_table}
+def bench_table() -> str:
+    from vision_attn.kernels.bench.report import bench_table
+
+    return bench_table()
+
+
+TABLES = {"backends": backends_table, "bench": bench_table, "families": families_table}
 
 
 def with_tables(text: str) -> str:

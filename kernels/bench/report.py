@@ -102,8 +102,8 @@ def _table(problems: dict[str, dict[str, Row]]) -> str:
     versions = ", ".join(f"{name} {some[name]}" for name in ("torch", "triton", "natten") if some[name])
     baseline = next((row["baseline"] for row in timed if row["baseline"]), "")
     lines = [
-        f"{some['device_name']}, threads: {some['threads']}; {dates}, {versions}. Milliseconds"
-        + f", and in brackets how many times faster than {baseline}." * bool(baseline),
+        f"{some['device_name']}, threads: {some['threads']}; {dates}, {versions}."
+        + f" Times faster than {baseline}, median of the rounds, lowest and highest in brackets." * bool(baseline),
         "",
         f"| problem | density | {' | '.join(peers)} |",
         f"| --- | --- | {' | '.join('---' for _ in peers)} |",
@@ -116,8 +116,12 @@ def _table(problems: dict[str, dict[str, Row]]) -> str:
 
 
 def _cell(row: Row | None) -> str:
+    """How many times faster than the baseline, lowest and highest round in brackets; on a GPU behind the milliseconds,
+    which from a processor that others use as well say little."""
     if row is None or row["status"] in ("cannot", "failed"):
         return ""
     if row["status"] == "wrong":
         return "wrong"
-    return milliseconds(row["ms"]) + (f" ({float(row['speedup']):.3g}x)" if row["speedup"] else "")
+    low, high = (f"{float(row[key]):.3g}" for key in ("speedup_min", "speedup_max")) if row["speedup"] else ("", "")
+    ratio = f"{float(row['speedup']):.3g}x" + (f" ({low} to {high})" if low != high else "") if row["speedup"] else "-"
+    return f"{milliseconds(row['ms'])} ms, {ratio}" if row["device"].startswith("cuda") else ratio
