@@ -54,9 +54,11 @@ _kept = functools.lru_cache(maxsize=8)(_make)
 
 
 def _masks(pattern, grid, block, index, tested) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 `[*lead, rows, slots]`, which mask a block needs or -1; and int32 `[masks, words, keys]`, bit `i` of word `w` is
-    query `32 * w + i` of the block. A pair of blocks that is listed by several heads is tested once, equal masks are kept
-    once."""
+    """int32 `[*lead, rows, slots]`, which mask a block needs or -1; and int32 `[masks, words, keys]`, where bit `i` of
+    word `w` is query `32 * w + i` of the block.
+
+    A pair of blocks that several heads list is tested once, and equal masks are kept once.
+    """
     tokens, words = math.prod(grid), -(-block[0] // 32)
     columns = -(-tokens // block[1])
     row = torch.arange(index.shape[-2])[:, None].expand(index.shape)[tested]

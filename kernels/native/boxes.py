@@ -14,8 +14,8 @@ from ..patterns import Circle, Separable
 from ..patterns.base import Axis
 from ..tiles import cut
 
-# What a key costs a tile of two vectors of queries: this much once, and the rest for every vector that sees it, where one
-# vector alone is 1; and what a tile costs on top, in keys. As measured with AVX-512.
+# What a key costs a tile of two vectors of queries: this much once, and the rest for every vector that sees it (a tile
+# of one vector: 1). What a tile costs on top, in keys. As measured with AVX-512.
 SHARED, TILE_COST = 0.25, 24
 
 

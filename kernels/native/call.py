@@ -39,8 +39,10 @@ def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, lse: bool):
 
 
 def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, out, lse, d_out, d_lse) -> list:
-    """Gradients of q, k, v and the extra keys and values (None without), float32; `out` and `lse` are those of `forward`,
-    `d_lse` may be None."""
+    """Gradients of q, k, v and the extra keys and values (None without), float32.
+
+    `out` and `lse` are those of `forward`; `d_lse` may be None.
+    """
     like, keys, values = _ready(q), *_packed(k, v, extra_kv)
     d_q, d_keys, d_values = torch.empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
     outer = dict(d_out=d_out.float().contiguous(), d_lse=None if d_lse is None else d_lse.float().contiguous())
