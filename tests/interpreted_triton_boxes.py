@@ -142,9 +142,10 @@ FIXED = {
     "dilated, strided and causal": case(
         Neighborhood((2, 3, 2), (2, 1, 2), (1, 2, 3), (True, False, True)), (3, 7, 7), torch.float16, heads=2
     ),
-    "disc": case(Circle(5), (9, 11), heads=2, kv_heads=2, dim=24),
+    "disc": case(Circle(5), (9, 11), dim=24),
     "disc through frames": case(Circle(3), (2, 6, 7), extra=3),
     "extra tokens": case(Neighborhood(4), (5, 7), batch=2, heads=2, kv_heads=1, extra=21),
+    "extra tokens whose queries are shared out": case(Neighborhood(2, 2), (131,), extra=2),
     "hidden extra tokens": case(Neighborhood(4), (6, 7), torch.bfloat16, extra=17, hidden=(0, 5, 16)),
     "heads first": case(Neighborhood(3, 3), (7, 8), torch.float16, batch=2, heads=2, kv_heads=2, view="heads-first"),
     "queries that see nothing": case(Gaps(), (4, 5)),
