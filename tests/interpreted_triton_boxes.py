@@ -164,6 +164,24 @@ def test_fixed_problems(name, tiles, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(FIXED[name].run(triton), by_descriptor, strict=True))
 
 
+SHIPPED = [
+    (dtype, dim, choice)
+    for dtype, bits in ((torch.bfloat16, "16"), (torch.float32, "32"))
+    for dim in (16, 32, 64, 128, 256)
+    for choice in range(max(len(by_bits[bits][str(dim)]) for by_bits in launch.CONFIGS.values()))
+]
+
+
+@pytest.mark.parametrize("dtype, dim, choice", SHIPPED)
+def test_shipped_configurations(dtype, dim, choice, monkeypatch):
+    """Boxes of the shipped sizes; of kernels with fewer choices than others, the last."""
+    bits = "32" if dtype == torch.float32 else "16"
+    choices = {kernel: by_bits[bits][str(dim)] for kernel, by_bits in launch.CONFIGS.items()}
+    only = {kernel: {bits: {str(dim): [c[min(choice, len(c) - 1)]]}} for kernel, c in choices.items()}
+    monkeypatch.setattr(launch, "CONFIGS", only)
+    assert case(Neighborhood(5), (6, 13), dtype, dim=dim, extra=3).compare("triton") == 7
+
+
 def test_gradients_come_out_the_same_every_time(tiles):
     again = [FIXED["queries that see only hidden extra tokens"].run(triton) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
