@@ -110,7 +110,7 @@ FIXED = {
     "length decay": lambda: case(
         LengthDecay(4, alpha=0.7, period=3, gamma=0.4, first_frame=True), (6, 8), extra=5, hidden=(1,)
     ),
-    "length decay that is parabolic": lambda: case(LengthDecay(1, alpha=(0.9, 0.4), shape="parabolic"), (3, 11), brain),
+    "length decay that is parabolic": lambda: case(LengthDecay(1, alpha=(0.9, 0.4), shape="parabolic"), (3, 11)),
     "lists per batch and head": lambda: case(
         BlockList.from_mask(random_map(2, 2, 3, 4), (16, 12)), (41,), batch=2, heads=2
     ),
