@@ -111,7 +111,9 @@ def test_the_same_in_every_run(threads):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["key", "value"])
-@pytest.mark.parametrize("pattern", [Neighborhood(5), BlockList.from_mask(torch.eye(8, dtype=torch.bool), 18)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Neighborhood(5), BlockList.from_mask(torch.eye(8, dtype=torch.bool), 18)], ids=["boxes", "blocks"]
+)
 def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern):
     q, k, v = torch.randn(3, 1, 12, 12, 2, 16)
     clean = attend(q, k, v, pattern, backend="cpu")
