@@ -194,6 +194,10 @@ def _build() -> Path:
         where = "" if folder == _folders()[0] else f" into {folder}, as {_folders()[0]} cannot be written"
         print(f"vision-attn: building the CPU kernel{where} (once, about {SECONDS} s) ...", file=sys.stderr, flush=True)
         started = time.monotonic()
+        for left in folder.glob("*.part"):  # by builds that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 2 * PATIENCE:
+                    left.unlink()
         handle, part = tempfile.mkstemp(suffix=".part", dir=folder)
         os.close(handle)
         try:
