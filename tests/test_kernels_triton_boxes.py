@@ -17,7 +17,7 @@ from vision_attn.kernels import tiles
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.explain import explain
 from vision_attn.kernels.gpu import tables
-from vision_attn.kernels.patterns import Circle, Neighborhood, Separable
+from vision_attn.kernels.patterns import Circle, Dense, Neighborhood, Separable
 from vision_attn.kernels.patterns.base import Axis
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import random_pattern
@@ -195,6 +195,7 @@ def test_limits():
         reasons = backend.limits(Problem(**problem | change))
         assert len(reasons) == 1 and words in reasons[0]
     assert backend.by_name_only(Problem(**problem)) is None
+    assert "ordinary attention" in backend.by_name_only(Problem(**problem | {"pattern": Dense()}))
 
 
 class _Slanted(Neighborhood):
