@@ -108,7 +108,8 @@ class Context:
         return None
 
     def plan(self, grid: Grid) -> tuple[Pattern, bool]:
-        """The pattern fitted to a grid, and whether it is plain attention there. Compiled code knows that of `Dense()` only."""
+        """The pattern fitted to a grid, and whether it is plain attention there; compiled code knows that of `Dense()`
+        only."""
         if torch.compiler.is_compiling():
             return fit(self.pattern, grid), isinstance(self.pattern, Dense)
         if grid not in self.plans:
