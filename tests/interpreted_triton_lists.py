@@ -116,7 +116,7 @@ FIXED = {
         BlockList.from_mask(random_map(2, 2, 3, 4), (16, 12)), (41,), batch=2, heads=2
     ),
     "lists per head, of shared KV heads, with a bias": lambda: biased(
-        case(BlockList.from_mask(random_map(1, 4, 2, 3), (15, 12)), (3, 9), heads=4, kv_heads=2, extra=2)
+        case(BlockList.from_mask(random_map(1, 2, 2, 3), (15, 12)), (3, 9), batch=2, heads=2, kv_heads=1, extra=2)
     ),
     "lists per batch, with a bias": lambda: biased(
         case(BlockList.from_mask(random_map(2, 1, 2, 2), 16), (3, 7), half, batch=2, heads=2)
