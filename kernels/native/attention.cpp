@@ -1,6 +1,4 @@
 // Attention of grid tokens on a CPU, with a plain C interface. See tile.h and gradient.h for the arithmetic.
-#include <algorithm>
-
 #include "gradient.h"
 #include "sources.h"
 
@@ -10,7 +8,7 @@ static int forward(const Call& call, const Plan& plan) {
     const Sizes& sizes = call.sizes;
     const int64_t tiles = Source::tiles(call, plan), heads = (int64_t)call.kv_heads * call.batch;
 
-    return share(call.threads, tiles * heads, Source::run(call, plan), [&](auto next) {
+    return share(call.threads, tiles * heads, Source::run(call, plan) * call.kv_heads, [&](auto next) {
         Scratch scratch;
         Tile<NV> tile;
         tile.columns = scratch.floats(WIDTH * sizes.key);
@@ -21,8 +19,8 @@ static int forward(const Call& call, const Plan& plan) {
         int64_t extra_of = -1;
 
         for (int64_t job = next(); job >= 0; job = next()) {
-            const int64_t head = job / tiles, batch = head / call.kv_heads;
-            source.open(batch, head % call.kv_heads, job % tiles);
+            const int64_t batch = job / (tiles * call.kv_heads), head = batch * call.kv_heads + job % call.kv_heads;
+            source.open(batch, head % call.kv_heads, job / call.kv_heads % tiles);
             if (extra_of != batch) list_extra(call, extra_of = batch, extra);
             gather_columns<NV>(tile.columns, source.lanes.q, sizes.key, call.scale * LOG2E);
             const float* key = call.key + head * call.rows() * sizes.key_step;
@@ -158,6 +156,8 @@ static int backward(const Call& call, const Plan& plan) {
 extern "C" {
 
 int vision_attn_lanes() { return LANES; }
+
+void vision_attn_use_team(Team threads) { team = threads; }
 
 int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
     return boxes->vectors == 2 ? forward<2, BoxSource<2>>(*call, *boxes) : forward<1, BoxSource<1>>(*call, *boxes);

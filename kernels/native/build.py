@@ -109,10 +109,22 @@ def load() -> bool:
     return False
 
 
+def _team() -> int | None:
+    """Address of the function that starts threads in the OpenMP runtime that torch has loaded; None where there is
+    none of that kind."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+        (path,) = (path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp")))
+        return ctypes.cast(ctypes.CDLL(path, os.RTLD_NOLOAD).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, ValueError, AttributeError):  # another system, no such library or several, another runtime
+        return None
+
+
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lanes = getattr(lib, "vision_attn_lanes", None)
     if lanes is None or lanes() != int(PATHS[instruction_set()][0].partition("=")[2]):
         raise OSError("what the compiler wrote is not the kernel")
+    lib.vision_attn_use_team(ctypes.c_void_p(_team()))
     return lib
 
 

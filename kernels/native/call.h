@@ -1,5 +1,6 @@
 // What crosses the C interface, and the threads that share a call.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -77,6 +78,11 @@ class Scratch {
     }
 };
 
+// The threads of torch, as its OpenMP runtime starts them: those wait for more work by spinning, so that others would have
+// to share their processors with them. Null where torch has another runtime.
+typedef void (*Team)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+inline Team team = nullptr;
+
 // Run `work(next)` in up to `threads` threads; `next()` hands out the numbers below `jobs` once each, in runs of `run`.
 // Returns 0, or 1 when memory ran out in any of them.
 template <class Work>
@@ -95,10 +101,14 @@ int share(int threads, int64_t jobs, int64_t run, Work work) {
             failed = 1;
         }
     };
-    int64_t most = (jobs + run - 1) / run;
+    const int64_t most = std::min<int64_t>(threads, (jobs + run - 1) / run);
+    if (team && most > 1) {
+        team([](void* data) { (*(decltype(body)*)data)(); }, &body, (unsigned)most, 0);
+        return failed;
+    }
     std::vector<std::thread> others;
     try {
-        for (int i = 1; i < threads && i < most; i++) others.emplace_back(body);
+        for (int i = 1; i < most; i++) others.emplace_back(body);
     } catch (const std::system_error&) {  // no more threads to be had: fewer do it
     }
     body();

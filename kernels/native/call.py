@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
 
 import torch
 
@@ -10,6 +12,11 @@ from ..patterns import Separable
 from ..problem import Problem
 from . import blocks, boxes
 from .build import library
+
+
+KEPT_BYTES = 64 * 2**20  # of packed keys and values, kept per thread: fresh memory costs as much as filling it
+
+_kept = threading.local()
 
 
 class Call(ctypes.Structure):
@@ -66,18 +73,27 @@ def _ready(q: torch.Tensor) -> torch.Tensor:
 
 def _packed(k, v, extra_kv) -> list[torch.Tensor]:
     """Keys and values as float32 `[batch, heads, tokens + extra, step]`: one head after the other keeps the caches of a
-    processor busy with what it needs, and rows are rounded up to whole vectors."""
-    lanes, packed = library().vision_attn_lanes(), []
-    for tensor, extra in zip((k, v), extra_kv or (None, None), strict=True):
-        tensor, dim = tensor.flatten(1, -3), tensor.shape[-1]
-        tokens, more = tensor.shape[1], 0 if extra is None else extra.shape[1]
-        step = -(-dim // lanes) * lanes
-        rows = (torch.empty if step == dim else torch.zeros)(len(tensor), tensor.shape[2], tokens + more, step)
-        rows[:, :, :tokens, :dim] = tensor.transpose(1, 2)
-        if extra is not None:
-            rows[:, :, tokens:, :dim] = extra.transpose(1, 2)
-        packed.append(rows)
+    processor busy with what it needs, and rows are rounded up to whole vectors. Good until the next call."""
+    lanes, extra = library().vision_attn_lanes(), 0 if extra_kv is None else extra_kv[0].shape[1]
+    k, v = (t.flatten(1, -3).transpose(1, 2) for t in (k, v))
+    shapes = [(*t.shape[:2], t.shape[2] + extra, -(-t.shape[3] // lanes) * lanes) for t in (k, v)]
+    parts = _room(sum(map(math.prod, shapes))).split(list(map(math.prod, shapes)))
+    packed = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    for rows, tensor, more in zip(packed, (k, v), extra_kv or (None, None), strict=True):
+        tokens, dim = tensor.shape[2:]
+        rows[:, :, :tokens, :dim] = tensor
+        if more is not None:
+            rows[:, :, tokens:, :dim] = more.transpose(1, 2)
+        rows[..., dim:] = 0
     return packed
+
+
+def _room(count: int) -> torch.Tensor:
+    if 4 * count > KEPT_BYTES:
+        return torch.empty(count)
+    if getattr(_kept, "room", None) is None or len(_kept.room) < count:
+        _kept.room = torch.empty(count)
+    return _kept.room[:count]
 
 
 def _call(name: str, problem: Problem, scale: float, extra_mask, q, **tensors) -> None:
