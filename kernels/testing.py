@@ -230,13 +230,14 @@ def plain_attention(**call):
     q, k, v, pattern, extra_kv, extra_mask = (call[n] for n in ("q", "k", "v", "pattern", "extra_kv", "extra_mask"))
     grid, scale = tuple(q.shape[1:-2]), q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
     tokens, group = math.prod(grid), q.shape[-2] // k.shape[-2]
-    mask = pattern.mask(grid).expand(q.shape[0], 1, -1, -1) if pattern.mask(grid).ndim < 4 else pattern.mask(grid)
+    mask = pattern.mask(grid)  # [tokens, tokens], for block lists with heads, or batch and heads, in front
+    mask = mask[(None,) * (4 - mask.ndim)].expand(q.shape[0], -1, -1, -1)
     key, value = k.flatten(1, -3), v.flatten(1, -3)
     if extra_kv is not None:
         key, value = torch.cat([key, extra_kv[0]], 1), torch.cat([value, extra_kv[1]], 1)
         visible = mask.new_ones(extra_kv[0].shape[:2]) if extra_mask is None else extra_mask
         visible = visible[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-        mask = torch.cat([mask.expand(len(visible), -1, -1, -1), visible], -1)
+        mask = torch.cat([mask, visible], -1)
     key, value = (t.repeat_interleave(group, 2).movedim(2, 1) for t in (key, value))
     scores = (q.flatten(1, -3).movedim(2, 1) * scale) @ key.transpose(-1, -2)
     on_grid, off_grid = scores[..., :tokens], scores[..., tokens:]

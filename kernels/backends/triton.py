@@ -90,22 +90,23 @@ def by_name_only(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=None):
-    if isinstance(problem.pattern, Blocked):
-        return _gpu("lists").run(problem, q, k, v, scale, extra_kv, extra_mask, bias)
-    call = problem, q, k, v, scale, extra_kv, extra_mask
-    out, lse = _Boxes.apply(*call[:5], *(extra_kv or (None, None)), extra_mask)
-    return out, lse if problem.return_lse else None
+    with torch.cuda.device_of(q):  # kernels start on the current device
+        if isinstance(problem.pattern, Blocked):
+            return _gpu("lists").run(problem, q, k, v, scale, extra_kv, extra_mask, bias)
+        out, lse = _Boxes.apply(problem, q, k, v, scale, *(extra_kv or (None, None)), extra_mask)
+        return out, lse if problem.return_lse else None
 
 
 def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse):
     """Gradients of q, k, v, the extra keys and values, and the bias, None where there is no such input; without
     autograd, for the operator of compiled graphs."""
-    if isinstance(problem.pattern, Blocked):
-        return _gpu("lists").backward(problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, grad_out, grad_lse)
     launch, call = _gpu("launch"), (problem, q, k, v, scale, extra_kv, extra_mask)
-    if out is None or lse is None:
-        out, lse = launch.run(*call)
-    return [*launch.backward(*call, out, lse, grad_out, grad_lse if problem.return_lse else None), None]
+    with torch.cuda.device_of(q):
+        if isinstance(problem.pattern, Blocked):
+            return _gpu("lists").backward(*call, bias, out, lse, grad_out, grad_lse)
+        if out is None or lse is None:
+            out, lse = launch.run(*call)
+        return [*launch.backward(*call, out, lse, grad_out, grad_lse if problem.return_lse else None), None]
 
 
 class _Boxes(torch.autograd.Function):

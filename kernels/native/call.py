@@ -13,7 +13,6 @@ from ..problem import Problem
 from . import blocks, boxes
 from .build import library
 
-
 KEPT_BYTES = 64 * 2**20  # of packed keys and values, kept per thread: fresh memory costs as much as filling it
 
 _kept = threading.local()
