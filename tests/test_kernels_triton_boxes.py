@@ -4,11 +4,7 @@ process of its own."""
 import csv
 import itertools
 import math
-import os
-import pathlib
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +22,8 @@ triton = pytest.importorskip("triton", reason="the box kernels need triton")
 backend = BACKENDS["triton"]
 if backend.missing("cpu"):
     pytest.skip(backend.missing("cpu")[0], allow_module_level=True)
+
+from triton_interpreter import run_interpreted  # noqa: E402
 
 from vision_attn.kernels.gpu import compile as aot  # noqa: E402
 from vision_attn.kernels.gpu import launch  # noqa: E402
@@ -280,19 +278,9 @@ def test_other_problems_compile_too(name):
 
 @pytest.mark.parametrize("which", ("test_random_problems", "not test_random_problems"))
 def test_in_the_interpreter(which):
-    run_interpreted("not slow", which)
+    run_interpreted("interpreted_triton_boxes.py", "not slow", which)
 
 
 @pytest.mark.slow
 def test_more_in_the_interpreter():
-    run_interpreted("slow", "")
-
-
-def run_interpreted(marked: str, which: str) -> None:
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-        pytest.skip("older interpreters cannot loop over a count that was loaded; seen with triton 3.6")
-    file = pathlib.Path(__file__).with_name("interpreted_triton_boxes.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "-k", which, str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parent.parent)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    run_interpreted("interpreted_triton_boxes.py", "slow")

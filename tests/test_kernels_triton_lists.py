@@ -3,11 +3,7 @@ own."""
 
 import csv
 import itertools
-import os
-import pathlib
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,6 +26,8 @@ triton = pytest.importorskip("triton", reason="the block-list kernels need trito
 backend = BACKENDS["triton"]
 if backend.missing("cpu"):
     pytest.skip(backend.missing("cpu")[0], allow_module_level=True)
+
+from triton_interpreter import run_interpreted  # noqa: E402
 
 from vision_attn.kernels.gpu import compile as aot  # noqa: E402
 from vision_attn.kernels.gpu import compile_lists, lists, rules  # noqa: E402
@@ -258,19 +256,9 @@ def test_compiles_for_hopper_with_every_rule(config):
 
 @pytest.mark.parametrize("which", ("test_random_problems", "not test_random_problems"))
 def test_in_the_interpreter(which):
-    run_interpreted("not slow", which)
+    run_interpreted("interpreted_triton_lists.py", "not slow", which)
 
 
 @pytest.mark.slow
 def test_more_in_the_interpreter():
-    run_interpreted("slow", "")
-
-
-def run_interpreted(marked: str, which: str) -> None:
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-        pytest.skip("before 3.8 the interpreter of triton has no loops up to a number that was loaded")
-    file = pathlib.Path(__file__).with_name("interpreted_triton_lists.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "-k", which, str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parent.parent)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    run_interpreted("interpreted_triton_lists.py", "slow")

@@ -121,17 +121,18 @@ def resources(kernel: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
 
 
-def main() -> None:
+def write(table: pathlib.Path, configs: Iterator[NamedTuple], example: Callable[[Any], Call]) -> None:
+    """Compile every configuration and write what the compiler says of it."""
     rows = []
-    for config in shipped():
+    for config in configs:
         found = resources(compiled(example(config)))
         rows.append(config._asdict() | found | {"triton": triton.__version__})
         print(",".join(map(str, rows[-1].values())), file=sys.stderr, flush=True)
-    with TABLE.open("w", newline="") as file:
+    with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main()
+    write(TABLE, shipped(), example)

@@ -6,20 +6,17 @@ query heads to a KV head, extra tokens with a mask, a gradient for lse, and a la
 
 from __future__ import annotations
 
-import csv
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..patterns import Blocked, BlockList, LengthDecay, Neighborhood, PowerStep, Radial
 from ..problem import Problem
 from . import lists
-from .compile import DTYPES, compiled, resources
+from .compile import DTYPES, write
 from .launch import Call, Inputs, empty_lse
 
 TABLE = pathlib.Path(__file__).with_name("resources_lists.csv")
@@ -87,17 +84,5 @@ def example(config: Shipped) -> Call:
     }[config.kernel]()
 
 
-def main() -> None:
-    rows = []
-    for config in shipped():
-        found = resources(compiled(example(config)))
-        rows.append(config._asdict() | found | {"triton": triton.__version__})
-        print(",".join(map(str, rows[-1].values())), file=sys.stderr, flush=True)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 if __name__ == "__main__":
-    main()
+    write(TABLE, shipped(), example)
