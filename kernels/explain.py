@@ -149,7 +149,7 @@ def explain(
     for name, module in BACKENDS.items():
         reasons, why = refuse(name, problem), module.by_name_only(problem)
         status = "used" if name == used else "cannot" if reasons else "by name"
-        notes = reasons or ([why] if why and name != used else [])
+        notes = reasons or ([why or f"{used} is preferred"] if name != used else [])
         verdicts.append(Verdict(name, status, tuple(notes)))
     density = pattern.density(grid)
     tile_bound, tiles = _tile_bound(pattern, grid)

@@ -1,4 +1,4 @@
-"""Running tests in the interpreter of Triton, in a process of their own: a process either interprets or compiles kernels."""
+"""Running tests in the interpreter of Triton, in a process of their own: one either interprets or compiles kernels."""
 
 import os
 import pathlib
