@@ -120,16 +120,17 @@ def explain(
         raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, DTYPES))}")
     grid = tuple(grid)
     pattern.check(grid)
-    device = torch.device(device).type
-    kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
-    rest = (head_dim, value_dim, dtype, device, extra, extra_mask, bias, return_lse, needs_grad)
-    problem = Problem(pattern, grid, batch, heads, kv_heads, *rest)
+    kv_heads = kv_heads or heads
+    options = dict(
+        batch=batch, head_dim=head_dim, value_dim=value_dim or head_dim, dtype=dtype, device=torch.device(device).type,
+        extra=extra, extra_mask=extra_mask, bias=bias, return_lse=return_lse, needs_grad=needs_grad,
+    )  # fmt: skip
+    problem = Problem(pattern, grid, heads=heads, kv_heads=kv_heads, **options)
     if isinstance(pattern, PerHead):
         check_heads(pattern, heads, kv_heads, bias)
-        names = [f.name for f in dataclasses.fields(Problem)][5:-1]
-        options = dict(zip(names, rest, strict=True)) | {"batch": batch, "backend": backend}
         parts = tuple(
-            explain(part, grid, heads=n, kv_heads=n * kv_heads // heads, **options) for n, part in pattern.parts
+            explain(part, grid, heads=n, kv_heads=n * kv_heads // heads, backend=backend, **options)
+            for n, part in pattern.parts
         )
         density = pattern.density(grid)
         tile_bound = heads / sum(part.problem.heads / part.tile_bound for part in parts)
