@@ -11,6 +11,7 @@ Example:
 from importlib import import_module
 
 from vision_attn import _checkout as _checkout
+from vision_attn import _timm
 
 __version__ = "0.1.0"
 
@@ -48,3 +49,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_timm.register()

@@ -1,0 +1,24 @@
+"""Attention layers for vision models; each name loads its file on first use."""
+
+from importlib import import_module
+
+# Public name -> the file that defines it.
+_PUBLIC = {
+    "grid_attention": "fused",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(
+            f"module 'vision_attn.modules' has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
+        )
+    value = getattr(import_module(f"vision_attn.modules.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
