@@ -46,7 +46,7 @@ def create(cls: type[nn.Module], variant: str, pretrained: bool, filter_fn: Call
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth from 0 at the first block of the network to `rate` at the last, one list per stage."""
-    rates = iter(torch.linspace(0, rate, sum(depths)).tolist())
+    rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 

@@ -4,6 +4,8 @@ from importlib import import_module
 
 # Public name -> the file that defines it.
 _PUBLIC = {
+    "BiLevelRoutingAttention": "routing",
+    "NeighborhoodAttention": "neighborhood",
     "grid_attention": "fused",
 }
 
