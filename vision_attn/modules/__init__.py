@@ -4,6 +4,13 @@ from importlib import import_module
 
 # Public name -> the file that defines it.
 _PUBLIC = {
+    "GatedAttention": "gated",
+    "HeadRouter": "mixture_of_heads",
+    "MaskPredictor": "predicted",
+    "MixtureOfHeads": "mixture_of_heads",
+    "PredictedAttention": "predicted",
+    "SpectralGating": "spectral",
+    "load_balance": "mixture_of_heads",
     "BiLevelRoutingAttention": "routing",
     "NeighborhoodAttention": "neighborhood",
     "grid_attention": "fused",
