@@ -94,6 +94,7 @@ class NAT(Backbone):
         dim: channels of the first stage, doubled at each downsampling.
         num_heads: per stage.
         window: keys per axis.
+        rel_pos_bias: learn a bias for each relative position, as all published weights do.
         dilations: per stage; blocks take 1 and this in turn.
         layer_scale: initial value of the scale of each branch, None for none.
         layout: "conv" (overlapping convolutions; NAT, DiNAT), "merge" (4 x 4 patches and patch merging; DiNAT_s) or
@@ -115,6 +116,7 @@ class NAT(Backbone):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratio: float = 3.0,
         window: int = 7,
+        rel_pos_bias: bool = True,
         dilations: Sequence[int] = (1, 1, 1, 1),
         layer_scale: float | None = None,
         layout: str = "conv",
@@ -143,6 +145,7 @@ class NAT(Backbone):
                     heads,
                     window,
                     dilation=dilations[i] if (j if grows else block) % 2 else 1,
+                    rel_pos_bias=rel_pos_bias,
                     small_map=small_map,
                     attn_drop=attn_drop_rate,
                     proj_drop=proj_drop_rate,
