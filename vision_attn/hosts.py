@@ -7,17 +7,22 @@ from typing import Any
 
 # Top-level package of the model's class -> the module whose attach() serves it; a name, so that nothing is imported
 # early.
-HOSTS = {"diffusers": "vision_attn.diffusion.attachment"}
+HOSTS = {
+    "diffusers": "vision_attn.diffusion.attachment",
+    "timm": "vision_attn.retrofit",
+    "open_clip": "vision_attn.retrofit",
+}
 
 
 def attach(target: Any, pattern: Any, **options: Any) -> Any:
     """Put a pattern into a model, until detached.
 
     Args:
-        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`.
-        pattern: who sees whom on the token grid, for example `Radial(decay=0.2)`.
-        **options: of the host; for diffusers `dense_steps`, `dense_layers` and more, see
-            `vision_attn.diffusion.attach`.
+        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; a timm model, or an open_clip model.
+        pattern: who sees whom on the token grid, for example `Radial(decay=0.2)`; for timm and open_clip also
+            `TokenMerge()`.
+        **options: of the host, such as `dense_layers`; see `vision_attn.diffusion.attach` for diffusers and
+            `vision_attn.retrofit.attach` for timm and open_clip.
 
     Returns:
         A run: context manager, `run.report`, `run.detach()`.
@@ -26,8 +31,14 @@ def attach(target: Any, pattern: Any, **options: Any) -> Any:
         TypeError: no host serves the target.
         ValueError: the host cannot attach to it, or an option is out of range.
 
-    >>> from diffusers import PixArtTransformer2DModel
+    >>> import timm
     >>> from vision_attn import Neighborhood
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+    >>> with attach(model, Neighborhood(window=7), dense_layers=1) as run:
+    ...     run.report.towers[0].modules
+    ['blocks.1.attn']
+
+    >>> from diffusers import PixArtTransformer2DModel
     >>> small = dict(num_layers=2, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8)
     >>> model = PixArtTransformer2DModel(**small)
     >>> with attach(model, Neighborhood(window=7)) as run:

@@ -1,0 +1,132 @@
+"""Where the image tokens of a vision model are: its attention layers, its grid, and the tokens before the grid.
+
+Adding a class is one entry of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from torch import nn
+
+from vision_attn.interception import is_attention
+
+Layers = "list[tuple[int, str, nn.Module]]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A class of image towers whose tokens stay one sequence: tokens without a place first, then the grid by rows.
+
+    Args:
+        blocks: regular expression on `named_modules()` of the tower; its group is the number of the layer. Attention is
+            what is in there and is known to call `scaled_dot_product_attention`.
+        embed: the module that turns the image into tokens, which is where the grid is read.
+        prefix: tokens before the grid; None asks the tower for `num_prefix_tokens`.
+        end: the module that has all tokens again, after the last block.
+        refuse: why this class cannot be attached to; empty when it can.
+    """
+
+    blocks: str = r"^blocks\.(\d+)(?:\.|$)"
+    embed: str = "patch_embed"
+    prefix: int | None = None
+    end: str = "norm"
+    refuse: str = ""
+
+
+_TIMM = Family()
+_NAFLEX = Family(refuse="the images of one batch may have different grids, and it does not say which")
+_OTHER_WINDOWS = Family(refuse="its windows are cut inside of the layers, where no grid can be told")
+
+# (package, class) -> family. A subclass is found by its base class.
+FAMILIES = {
+    ("timm", "VisionTransformer"): _TIMM,  # ViT, DeiT, DeiT III, DINO, DINOv2 with registers, SigLIP, hybrids
+    ("timm", "VisionTransformerRelPos"): _TIMM,
+    ("timm", "Eva"): _TIMM,  # EVA-02, DINOv3, PE: rotary positions
+    ("timm", "Beit"): _TIMM,
+    ("open_clip", "VisionTransformer"): Family(r"^transformer\.resblocks\.(\d+)\.", "conv1", 1, "transformer"),
+    ("timm", "NaFlexVit"): _NAFLEX,
+    ("timm", "VisionTransformerSAM"): _OTHER_WINDOWS,
+    ("timm", "SwinTransformerV2Cr"): _OTHER_WINDOWS,
+}
+SWIN_BLOCKS = ("SwinTransformerBlock", "SwinTransformerV2Block")  # of timm; each is a layer and knows its own grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tower inside of a model: its name there, its modules, its layers as (number, name, module)."""
+
+    name: str
+    module: nn.Module
+    family: Family | None  # None: Swin blocks, or a class that is not known
+    layers: list[tuple[int, str, nn.Module]]
+
+    @property
+    def prefix(self) -> int:
+        known = None if self.family is None else self.family.prefix
+        return getattr(self.module, "num_prefix_tokens", 0) if known is None else known
+
+
+def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
+    """The towers in a model, each with its attention layers; text towers are none.
+
+    Raises:
+        ValueError: there is none, with what was looked for, or it is one of a class that is refused.
+    """
+    places: list[Place] = []
+    swin: list[tuple[int, str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{place.name}.") or not place.name for place in places):
+            continue
+        if is_swin(module):
+            swin.append((len(swin), name, module))
+            continue
+        family = family_of(module)
+        if family is not None and family.refuse:
+            raise ValueError(f"cannot attach to {type(module).__name__}: {family.refuse}")
+        if family is not None and (layers := _layers(family, name, module)):
+            places.append(Place(name, module, family, layers))
+    if swin:
+        places.append(Place("", model, None, swin))
+    if not places and grid is not None:
+        places = [Place("", model, None, _outermost(model))]
+    if not any(place.layers for place in places):
+        known = ", ".join([cls for (_, cls), f in FAMILIES.items() if not f.refuse] + list(SWIN_BLOCKS))
+        raise ValueError(
+            f"nothing to attach to in {type(model).__name__}: looked for attention layers in {known}"
+            + (
+                "; any other model needs grid=(h, w), its sizes in tokens, if it calls scaled_dot_product_attention"
+                if grid is None
+                else ", then for modules that call scaled_dot_product_attention"
+            )
+        )
+    return places
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of a tower by its class and base classes."""
+    for cls in type(module).__mro__:
+        family = FAMILIES.get((cls.__module__.partition(".")[0], cls.__name__))
+        if family is not None:
+            return family
+    return None
+
+
+def is_swin(module: nn.Module) -> bool:
+    return any(c.__name__ in SWIN_BLOCKS and c.__module__.startswith("timm.") for c in type(module).__mro__)
+
+
+def _layers(family: Family, name: str, tower: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    dot = f"{name}." if name else ""
+    found = [(re.match(family.blocks, n), n, m) for n, m in tower.named_modules() if is_attention(m)]
+    return [(int(match.group(1)), dot + n, m) for match, n, m in found if match]
+
+
+def _outermost(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    """Attention modules of a class that is not known, those inside of others left out."""
+    found: list[tuple[int, str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if is_attention(module) and not any(name.startswith(f"{n}.") or not n for _, n, _ in found):
+            found.append((len(found), name, module))
+    return found

@@ -1,0 +1,224 @@
+"""attach() for vision models: put a pattern into the attention of a timm or open_clip tower, and take it out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vision_attn import swin
+from vision_attn.families import Place, find, is_swin
+from vision_attn.interception import AttachError, behaviour_of
+from vision_attn.joint import fit, joint_attention
+from vision_attn.kernels.backends import BACKENDS
+from vision_attn.kernels.patterns import Dense, Pattern, Radial
+from vision_attn.kernels.patterns.base import check_grid
+from vision_attn.run import Layer, Run, Tower, plain
+
+
+def attach(
+    model: nn.Module,
+    pattern: Pattern,
+    *,
+    dense_layers: int | Iterable[int] = 0,
+    grid: tuple[int, int] | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+    replace: bool = False,
+) -> Run:
+    """Make the self-attention of a vision model follow `pattern`, until detached.
+
+    Patch tokens follow the pattern among themselves, on the grid that the model itself cuts the image into. Class and
+    register tokens see everything and are seen by everything. In a Swin model the pattern takes the place of the
+    shifted windows, on the whole map, with the relative positions that the model learned. A layer that stays dense is
+    untouched, bit for bit.
+
+    Args:
+        model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as it
+            is), or any module that contains one.
+        pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter; a
+            tuple must fit.
+        dense_layers: the first layers that stay as they are, or the numbers of those layers, from 0.
+        grid: sizes in tokens, for a model whose class is not known; its sequences must be exactly the grid by rows,
+            after `model.num_prefix_tokens` others if it says so.
+        backend: kernel backend by name; None lets `attend` pick.
+        strict: raise where a call would stay dense with a warning.
+        replace: detach what is attached to the same modules first; otherwise that is an error.
+
+    Returns:
+        A `Run`: context manager, `run.report`, `run.measure(images)`, `run.detach()`.
+
+    Raises:
+        TypeError: the model or the pattern is of the wrong kind.
+        ValueError: there is no attention to attach to, the class is refused, or an option is out of range. Calls that
+            cannot be served raise `AttachError`, a ValueError.
+
+    >>> import timm
+    >>> from vision_attn import Neighborhood
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2).eval()
+    >>> with torch.no_grad(), attach(model, Neighborhood(window=3), dense_layers=1) as run:
+    ...     logits = model(torch.randn(1, 3, 96, 96))
+    >>> run.report.towers[0].modules, run.report.towers[0].calls
+    (['blocks.1.attn'], {'sparse': 1, 'masked': 0, 'dense': 0})
+    """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a pattern such as Neighborhood(window=7); got {pattern!r}")
+    if isinstance(pattern, Radial):
+        raise ValueError("Radial follows the distance between frames, and this is an image; use Neighborhood or Window")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach to a torch module; got {type(model).__name__}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}, or None to let attend pick")
+    grid = _grid(grid)
+    dense = tuple(dense_layers) if _is_iterable(dense_layers) else dense_layers
+    options = {"dense_layers": dense, "grid": grid, "backend": backend, "strict": strict}
+    towers = [PatternTower(place, pattern, options) for place in find(plain(model), grid)]
+    for tower, place in zip(towers, (t.place for t in towers), strict=True):
+        kept = dense_numbers(dense, sorted({number for number, _, _ in place.layers}))
+        for number, name, module in place.layers:
+            if number in kept:
+                tower.dense.append(name)
+            elif is_swin(module):
+                swin.check(module, pattern)
+                tower.add(SwinLayer(tower, number, name), module, swin.SwinBlock)
+            else:
+                tower.add(SequenceLayer(tower, number, name), module, behaviour_of(module))
+    return Run(model, towers, pattern.to_dict(), options, replace)
+
+
+class PatternTower(Tower):
+    """One tower under a pattern."""
+
+    def __init__(self, place: Place, pattern: Pattern, options: dict[str, Any]) -> None:
+        super().__init__(place, options["grid"], options["strict"])
+        self.pattern, self.backend = pattern, options["backend"]
+        self.plans: dict[tuple[int, ...], tuple[Pattern, bool]] = {}
+        # A mask can stand for the pattern where the pattern does nothing but hide.
+        self.hides_only = type(pattern).prepare is Pattern.prepare
+
+    def plan(self, grid: tuple[int, ...]) -> tuple[Pattern, bool]:
+        """The pattern fitted to a grid, and whether it is plain attention there; compiled code knows that of `Dense()`
+        only."""
+        if torch.compiler.is_compiling():
+            return fit(self.pattern, grid), isinstance(self.pattern, Dense)
+        if grid not in self.plans:
+            pattern = fit(self.pattern, grid)
+            self.plans[grid] = pattern, pattern.is_dense(grid)
+        return self.plans[grid]
+
+    def allowed(self, pattern: Pattern, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Bool `[tokens, tokens]`, or one per head: the pattern with the tokens before the grid."""
+        mask = pattern.mask(grid, device)
+        return F.pad(mask, (self.prefix, 0, self.prefix, 0), value=True)
+
+
+class SequenceLayer(Layer):
+    """One attention layer over a sequence: tokens before the grid, then the grid."""
+
+    tower: PatternTower
+
+    def attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        """In place of `scaled_dot_product_attention`: `[batch, heads, tokens, head_dim]`."""
+        given = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        tower, tokens = self.tower, int(query.shape[-2])
+        grid = tower.grid
+        trouble = None
+        if grid is None:
+            raise AttachError(
+                f"{self.name} was called before the image was cut into tokens, so its grid is not known; call the "
+                "model itself, or pass grid=(h, w) to attach"
+            )
+        if query.ndim != 4 or int(key.shape[-2]) != tokens:
+            trouble = "it was called as cross-attention"
+        elif tokens != tower.prefix + math.prod(grid):
+            trouble = (
+                f"it was called with {tokens} tokens, and the grid of {grid[0]} x {grid[1]} after {tower.prefix} others "
+                f"has {tower.prefix + math.prod(grid)}"
+            )
+        elif dropout_p > 0 or is_causal:
+            trouble = "it was called with dropout of attention weights or a causal mask"
+        elif attn_mask is not None and not (tower.hides_only and tower.pattern.score_rule(grid) is None):
+            trouble = f"it was called with a mask, and {type(tower.pattern).__name__} does more than hide"
+        if trouble is not None:
+            self.left(trouble)
+            self.saw("dense", query, value, None)
+            return F.scaled_dot_product_attention(query, key, value, **given)
+        pattern, full = tower.plan(grid)
+        if full or attn_mask is not None:
+            self.saw("sparse" if full else "masked", query, value, pattern)
+            if not full:
+                allowed = tower.allowed(pattern, grid, query.device)
+                both = attn_mask.dtype == torch.bool
+                given["attn_mask"] = allowed & attn_mask if both else attn_mask.masked_fill(~allowed, -math.inf)
+            return F.scaled_dot_product_attention(query, key, value, **given)
+        self.saw("sparse", query, value, pattern)
+        start = tower.prefix
+        return joint_attention(
+            query, key, value, None, pattern, grid, start, not start, scale, enable_gqa, tower.backend
+        )
+
+    def saw(self, kind: str, query: torch.Tensor, value: torch.Tensor, pattern: Pattern | None) -> None:
+        batch, heads, tokens, width = (int(n) for n in query.shape)
+        every = tokens * tokens
+        self.count(kind, self.tower.grid, pattern, every, self.tower.prefix, batch * heads * (width + value.shape[-1]))
+
+
+class SwinLayer(Layer):
+    """One Swin block, on the whole map."""
+
+    tower: PatternTower
+
+    def attention_map(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        tower, attn = self.tower, block.attn
+        batch, height, width = (int(n) for n in x.shape[:3])
+        pattern = fit(tower.pattern, (height, width))
+        rows, columns = attn.window_size
+        # Before: every window of the padded map is dense.
+        every = -(-height // rows) * -(-width // columns) * (rows * columns) ** 2
+        channels = attn.qkv.weight.shape[0] // 3
+        self.count("sparse", (height, width), pattern, every, 0, batch * 2 * channels)
+        return swin.map_attention(attn, x, pattern, tower.backend)
+
+
+def dense_numbers(dense_layers: Any, numbers: list[int]) -> frozenset[int]:
+    """The numbers of the layers that stay dense.
+
+    >>> sorted(dense_numbers(2, [0, 1, 2, 3])), sorted(dense_numbers([3], [0, 1, 2, 3]))
+    ([0, 1], [3])
+    """
+    entries = dense_layers if isinstance(dense_layers, tuple) else (dense_layers,)
+    if _is_iterable(dense_layers) and not isinstance(dense_layers, tuple):
+        entries = tuple(dense_layers)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
+        raise ValueError(
+            f"dense_layers must be an int (the first layers) or an iterable of layer numbers from 0; got {dense_layers!r}"
+        )
+    dense = entries if _is_iterable(dense_layers) else numbers[:dense_layers]
+    known = dense_layers <= len(numbers) if isinstance(dense_layers, int) else set(dense) <= set(numbers)
+    if not known:
+        raise ValueError(
+            f"dense_layers={dense_layers!r}, but the model has {len(numbers)} layers; allowed: 0 to {numbers[-1]}"
+        )
+    if set(dense) == set(numbers):
+        raise ValueError(
+            f"dense_layers={dense_layers!r} leaves all {len(numbers)} layers dense, so nothing is attached"
+        )
+    return frozenset(dense)
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
+def _grid(grid: Any) -> tuple[int, int] | None:
+    if grid is None:
+        return None
+    grid = tuple(grid) if isinstance(grid, list) else grid
+    check_grid(grid, rank=(2,))
+    return grid
