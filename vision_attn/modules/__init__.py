@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+import timm  # noqa: F401  before any layer is half imported: the first import of timm imports our backbones
+
 # Public name -> the file that defines it.
 _PUBLIC = {
     "GatedAttention": "gated",

@@ -108,9 +108,11 @@ def fit_map(x: torch.Tensor, need: int, small_map: str) -> torch.Tensor:
 
 def _options(extent: int, window: int, dilation: int, stride: int) -> tuple[int, int, int]:
     """Window, dilation and stride on an axis; a short axis lowers the dilation first, then the window."""
-    dilation = max(1, min(dilation, extent // window))
-    window = min(window, extent)
-    return window, dilation, min(stride, window)
+    if window * dilation > extent:  # only then do they depend on the map, which torch.compile may not know
+        dilation = max(1, extent // window)
+        window = min(window, extent)
+        stride = min(stride, window)
+    return window, dilation, stride
 
 
 def _centre(bias: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
