@@ -8,6 +8,7 @@ import timm  # noqa: F401  before any layer is half imported: the first import o
 _PUBLIC = {
     "GatedAttention": "gated",
     "HeadRouter": "mixture_of_heads",
+    "LinearAttention2d": "linear",
     "MaskPredictor": "predicted",
     "MixtureOfHeads": "mixture_of_heads",
     "PredictedAttention": "predicted",
@@ -16,6 +17,7 @@ _PUBLIC = {
     "BiLevelRoutingAttention": "routing",
     "NeighborhoodAttention": "neighborhood",
     "grid_attention": "fused",
+    "linear_attention": "linear",
 }
 
 __all__ = [*_PUBLIC]
