@@ -1,8 +1,8 @@
 """How a model is changed from outside and given back: its modules answer with another class for a while.
 
-A module's class is replaced by a subclass of itself that holds what is attached. Nothing is wrapped, so names, the state
-dict, hooks, copies (`copy.deepcopy`, data parallelism) and `torch.compile` work as before, and putting the class back
-leaves no trace. Inside, `scaled_dot_product_attention` is taken over for the length of one call.
+A module's class is replaced by a subclass of itself that holds what is attached. Nothing is wrapped, so names, the
+state dict, hooks, copies (`copy.deepcopy`, data parallelism) and `torch.compile` work as before, and putting the class
+back leaves no trace. Inside, `scaled_dot_product_attention` is taken over for the length of one call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class AttachError(ValueError):
 
 
 def put_on(module: nn.Module, behaviour: type, state: Any) -> None:
-    """Make `module` an instance of `behaviour` in front of its own class; `state` is what it reads as `_vision_attn`."""
+    """Put `behaviour` in front of the class of `module`; `state` is what it reads as `self._vision_attn`."""
     if KEY in vars(module):
         raise ValueError(f"{type(module).__name__} is attached already; detach() that run first")
     vars(module)[KEY] = state
@@ -109,7 +109,8 @@ class MultiheadAttention:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         if attn_mask is not None:
             attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask  # True means hidden here
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.ndim == 3 else attn_mask
+            if attn_mask.ndim == 3 and attn_mask.shape[0] > 1:
+                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         dropout = self.dropout if self.training else 0.0
         out = state.attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=attn_mask, dropout_p=dropout)
         out = self.out_proj(out.transpose(1, 2).flatten(2))

@@ -38,10 +38,10 @@ def attach(
     untouched, bit for bit.
 
     Args:
-        model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as it
-            is), or any module that contains one.
-        pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter; a
-            tuple must fit.
+        model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as
+            it is), or any module that contains one.
+        pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter;
+            a tuple must fit.
         dense_layers: the first layers that stay as they are, or the numbers of those layers, from 0.
         grid: sizes in tokens, for a model whose class is not known; its sequences must be exactly the grid by rows,
             after `model.num_prefix_tokens` others if it says so.
@@ -74,7 +74,8 @@ def attach(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}, or None to let attend pick")
     grid = _grid(grid)
-    dense = tuple(dense_layers) if _is_iterable(dense_layers) else dense_layers
+    several = isinstance(dense_layers, Iterable) and not isinstance(dense_layers, (str, bytes))
+    dense = tuple(sorted(set(dense_layers))) if several else dense_layers
     options = {"dense_layers": dense, "grid": grid, "backend": backend, "strict": strict}
     towers = [PatternTower(place, pattern, options) for place in find(plain(model), grid)]
     for tower, place in zip(towers, (t.place for t in towers), strict=True):
@@ -138,8 +139,8 @@ class SequenceLayer(Layer):
             trouble = "it was called as cross-attention"
         elif tokens != tower.prefix + math.prod(grid):
             trouble = (
-                f"it was called with {tokens} tokens, and the grid of {grid[0]} x {grid[1]} after {tower.prefix} others "
-                f"has {tower.prefix + math.prod(grid)}"
+                f"it was called with {tokens} tokens, and {tower.prefix} tokens before a grid of {grid[0]} x {grid[1]} "
+                f"make {tower.prefix + math.prod(grid)}"
             )
         elif dropout_p > 0 or is_causal:
             trouble = "it was called with dropout of attention weights or a causal mask"
@@ -187,33 +188,23 @@ class SwinLayer(Layer):
 
 
 def dense_numbers(dense_layers: Any, numbers: list[int]) -> frozenset[int]:
-    """The numbers of the layers that stay dense.
+    """The numbers of the layers that stay dense, of all `numbers`.
 
-    >>> sorted(dense_numbers(2, [0, 1, 2, 3])), sorted(dense_numbers([3], [0, 1, 2, 3]))
+    >>> sorted(dense_numbers(2, [0, 1, 2, 3])), sorted(dense_numbers((3,), [0, 1, 2, 3]))
     ([0, 1], [3])
     """
     entries = dense_layers if isinstance(dense_layers, tuple) else (dense_layers,)
-    if _is_iterable(dense_layers) and not isinstance(dense_layers, tuple):
-        entries = tuple(dense_layers)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
         raise ValueError(
-            f"dense_layers must be an int (the first layers) or an iterable of layer numbers from 0; got {dense_layers!r}"
+            f"dense_layers must be an int (the first layers) or an iterable of layer numbers from 0; got {entries}"
         )
-    dense = entries if _is_iterable(dense_layers) else numbers[:dense_layers]
-    known = dense_layers <= len(numbers) if isinstance(dense_layers, int) else set(dense) <= set(numbers)
-    if not known:
-        raise ValueError(
-            f"dense_layers={dense_layers!r}, but the model has {len(numbers)} layers; allowed: 0 to {numbers[-1]}"
-        )
-    if set(dense) == set(numbers):
-        raise ValueError(
-            f"dense_layers={dense_layers!r} leaves all {len(numbers)} layers dense, so nothing is attached"
-        )
-    return frozenset(dense)
-
-
-def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    dense = frozenset(entries if isinstance(dense_layers, tuple) else range(dense_layers))
+    have = f"dense_layers={dense_layers!r}, but the model has the layers {numbers[0]} to {numbers[-1]}"
+    if not dense <= set(numbers):
+        raise ValueError(have)
+    if len(dense) == len(numbers):
+        raise ValueError(f"{have}, so nothing would be attached")
+    return dense
 
 
 def _grid(grid: Any) -> tuple[int, int] | None:

@@ -69,7 +69,7 @@ def relative_bias(attn: nn.Module, pattern: Pattern, grid: tuple[int, int]) -> t
     if reach[0] > height or reach[1] > width:
         raise AttachError(
             f"{pattern} reaches {reach[0]} x {reach[1]} tokens, and this Swin layer has relative positions within its "
-            f"window of {height} x {width}; use a window of at most that, or model.set_input_size(window_size=...) first"
+            f"window of {height} x {width}; use a window of at most that, or model.set_input_size(window_size=...)"
         )
     # The table is by query minus key.
     table = attn.relative_position_bias_table.view(2 * height - 1, 2 * width - 1, attn.num_heads).flip(0, 1)
