@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_, use_fused_attn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, create, drop_path_rates
+from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.entries import register_variants
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.routing import BiLevelRoutingAttention
 
 __all__ = ["BiFormer", "checkpoint_filter_fn"]
@@ -155,60 +157,34 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """Weights of an official BiFormer file, under our names. Our own state dicts pass through."""
-    state_dict = state_dict.get("model", state_dict)
-    if "stem.0.weight" in state_dict:
-        return state_dict
-    if "downsample_layers.0.0.weight" not in state_dict:
-        raise ValueError(
-            "not a BiFormer checkpoint: it has no 'downsample_layers.0.0.weight'; "
-            f"its first keys are {list(state_dict)[:3]}"
-        )
-    out = {}
-    for key, value in state_dict.items():
+    """Weights in the published layouts of BiFormer (T/S/B, STL, and STL from 1 x 1 convolutions), under our names.
+
+    Raises:
+        ValueError: weights of another family or size, or with parameters missing.
+    """
+
+    def rename(key: str) -> str:
         for old, new in _RENAMES:
             key = re.sub(old, new, key)
-        if value.ndim == 4 and re.search(r"\.(qkv|proj|fc1|fc2)\.weight$", key):  # 1 x 1 convolutions of the nchw form
-            value = value.flatten(1)
-        out[key] = value
-    return out
+        return key
 
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": cfg()
-        for name in ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw")
+    state_dict = renamed(state_dict, model, rename, "BiFormer")
+    linear = re.compile(r"\.(qkv|proj|fc1|fc2)\.weight$")
+    return {
+        key: value.flatten(1) if key.startswith("stages.") and linear.search(key) else value
+        for key, value in state_dict.items()
     }
-)
 
 
-def _create(variant: str, pretrained: bool, kwargs: dict, **defaults) -> BiFormer:
-    return create(BiFormer, variant, pretrained, checkpoint_filter_fn, **{**defaults, **kwargs})
-
-
-@register_model
-def biformer_tiny(pretrained: bool = False, **kwargs) -> BiFormer:
-    return _create("biformer_tiny", pretrained, kwargs)
-
-
-@register_model
-def biformer_small(pretrained: bool = False, **kwargs) -> BiFormer:
-    return _create("biformer_small", pretrained, kwargs, depths=(4, 4, 18, 4), drop_path_rate=0.15)
-
-
-@register_model
-def biformer_base(pretrained: bool = False, **kwargs) -> BiFormer:
-    return _create("biformer_base", pretrained, kwargs, depths=(4, 4, 18, 4), dims=(96, 192, 384, 768))
-
-
+_SMALL = {"depths": (4, 4, 18, 4)}
 _STL = {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "mlp_ratio": 4.0, "swin_layout": True}
+_VARIANTS = {
+    "biformer_tiny": {},
+    "biformer_small": {**_SMALL, "drop_path_rate": 0.15},
+    "biformer_base": {**_SMALL, "dims": (96, 192, 384, 768)},
+    "biformer_stl": _STL,
+    "biformer_stl_nchw": {**_STL, "form": "nchw"},
+}
 
-
-@register_model
-def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
-    return _create("biformer_stl", pretrained, kwargs, **_STL)
-
-
-@register_model
-def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
-    return _create("biformer_stl_nchw", pretrained, kwargs, **_STL, form="nchw")
+default_cfgs = generate_default_cfgs({f"{name}.untrained": cfg() for name in _VARIANTS})
+register_variants(globals(), BiFormer, _VARIANTS, checkpoint_filter_fn)
