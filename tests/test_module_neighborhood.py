@@ -174,8 +174,8 @@ def test_attention_dropout():
     layer, x = NeighborhoodAttention(16, 2, 3, attn_drop=0.5), torch.randn(1, 9, 9, 16)
     want = naive(layer, x, 2, 3, 1)
     assert (layer(x) - want).abs().max() > 1e-3
-    mean = layer(x.expand(2000, -1, -1, -1)).mean(0, keepdim=True)  # each image drops weights of its own
-    torch.testing.assert_close(mean, want, rtol=0, atol=0.02)
+    mean = layer(x.expand(500, -1, -1, -1)).mean(0, keepdim=True)  # each image drops weights of its own
+    torch.testing.assert_close(mean, want, rtol=0, atol=0.05)
     torch.testing.assert_close(layer.eval()(x), want)
 
 

@@ -6,6 +6,9 @@ import timm  # noqa: F401  before any layer is half imported: the first import o
 
 # Public name -> the file that defines it.
 _PUBLIC = {
+    "AggregatedAttention": "aggregated",
+    "ContMix": "contmix",
+    "CosineAttention": "aggregated",
     "GatedAttention": "gated",
     "HeadRouter": "mixture_of_heads",
     "LinearAttention2d": "linear",

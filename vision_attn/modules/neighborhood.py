@@ -138,7 +138,7 @@ def fused_attention(
     return grid_attention(q, k, v, Neighborhood(windows, strides, dilations), scale=scale, bias=bias)
 
 
-def _keys(
+def window_keys(
     extent: int, window: int, dilation: int, stride: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates of the keys of every query along an axis, and their entries in the bias: both `[extent, window]`."""
@@ -165,13 +165,18 @@ def window_scores(
     """Scores `[batch, height, width, heads, keys]`, and the coordinates of the keys along both axes."""
     tall, vertical, by_row = _options(q.shape[1], window, dilation, stride)
     wide, horizontal, by_column = _options(q.shape[2], window, dilation, stride)
-    rows, row_entry = _keys(q.shape[1], tall, vertical, by_row, q.device)
-    columns, column_entry = _keys(q.shape[2], wide, horizontal, by_column, q.device)
+    rows, row_entry = window_keys(q.shape[1], tall, vertical, by_row, q.device)
+    columns, column_entry = window_keys(q.shape[2], wide, horizontal, by_column, q.device)
     scores = torch.einsum("bhwmd,bhrwcmd->bhwmrc", q * scale, _gather(k, rows, columns)).flatten(4)
     if bias is not None:
-        table = _centre(bias, tall, wide)[:, row_entry[:, None, :, None], column_entry[None, :, None, :]]
-        scores = scores + table.permute(1, 2, 0, 3, 4).flatten(3).to(scores.dtype)
+        scores = scores + spread_bias(_centre(bias, tall, wide), row_entry, column_entry).to(scores.dtype)
     return scores, rows, columns
+
+
+def spread_bias(bias: torch.Tensor, row_entry: torch.Tensor, column_entry: torch.Tensor) -> torch.Tensor:
+    """What the table of relative positions adds to each score: `[height, width, heads, keys]`."""
+    table = bias[:, row_entry[:, None, :, None], column_entry[None, :, None, :]]
+    return table.permute(1, 2, 0, 3, 4).flatten(3)
 
 
 @register_notrace_function
