@@ -1,0 +1,174 @@
+"""Varied-size window attention: each head of each window moves and stretches the window that it reads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, trunc_normal_, use_fused_attn
+from torch import nn
+
+from vision_attn.modules.softmax import check_heads, softmax_attention
+
+__all__ = ["VariedWindowAttention"]
+
+DIALECTS = ("swin", "classification", "detection")
+
+
+@register_notrace_module
+class VariedWindowAttention(nn.Module):
+    """Window attention whose keys and values are sampled from a window that is predicted per head.
+
+    Takes maps `[batch, height, width, dim]` of any size and returns `[batch, height, width, out_dim]`. From the mean of
+    a window two shifts and two stretches are predicted for each head; keys and values are read there bilinearly, zero
+    outside of the map. Maps are padded with zeros to whole windows, and what is padded is seen. With all predictions 0
+    this is plain window attention.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        window: tokens per side of a window, at least 2.
+        out_dim: channels of keys, values and output, `dim` when None.
+        dialect: three published codes differ where a map is not square or not made of whole windows. "swin" pads at the
+            bottom and right, and a shift of 1 is 1 / windows of the padded map, whose width is 2; its windows start
+            unmoved. "classification" (ViTAE) counts the whole windows before padding, at least one; "detection" also
+            pads on both sides, and takes the count along the height for x and the other for y.
+        pull: added to the gradient of what is sampled outside of the map, to bring it back, times 10; 0 for none.
+        proj_drop: dropout after the output projection.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+
+    From VSA: Learning Varied-Size Window Attention in Vision Transformers.
+
+    >>> VariedWindowAttention(32, num_heads=4)(torch.randn(1, 20, 15, 32)).shape
+    torch.Size([1, 20, 15, 32])
+    """
+
+    predictions = 4  # per head and window: shift x, shift y, stretch x, stretch y
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        window: int = 7,
+        out_dim: int | None = None,
+        dialect: str = "swin",
+        qkv_bias: bool = True,
+        pull: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        out_dim = out_dim or dim
+        check_heads(dim, num_heads)
+        check_heads(out_dim, num_heads)
+        if window < 2:
+            raise ValueError(f"window must be at least 2 tokens, got {window}")
+        if dialect not in DIALECTS:
+            raise ValueError(f"dialect {dialect!r}; allowed: {', '.join(map(repr, DIALECTS))}")
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.out_dim = out_dim
+        self.num_heads = num_heads
+        self.window = window
+        self.dialect = dialect
+        self.pull = pull
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * out_dim, bias=qkv_bias, **dd)
+        self.transform = nn.Linear(dim, self.predictions * num_heads, **dd)
+        self.proj = nn.Linear(out_dim, out_dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.reset_transform()
+
+    @torch.jit.ignore
+    def reset_transform(self) -> None:
+        """Start with unmoved windows; the ViTAE codes keep random ones."""
+        if self.dialect == "swin":
+            nn.init.zeros_(self.transform.weight)
+            nn.init.zeros_(self.transform.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"the map must be [batch, height, width, {self.dim}]; got {x.shape}")
+        batch, height, width, size = x.shape[0], x.shape[1], x.shape[2], self.window
+        below, right = -height % size, -width % size
+        top, left = (below // 2, right // 2) if self.dialect == "detection" else (0, 0)
+        pad = [0, 0, left, right - left, top, below - top]
+        down, across = (height + below) // size, (width + right) // size
+        padded, qkv = x, self.qkv(x)
+        if below + right > 0:
+            padded, qkv = F.pad(x, pad), F.pad(qkv, pad)
+        points = self.points(padded.view(batch, down, size, across, size, self.dim).mean((2, 4)), height, width)
+        # queries stay, keys and values are sampled: [batch * windows, heads, size * size, head_dim]
+        q = qkv[..., : self.out_dim].reshape(batch, down, size, across, size, self.num_heads, -1)
+        q = q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+        kv = qkv[..., self.out_dim :].unflatten(-1, (2, self.num_heads, -1)).permute(0, 4, 3, 5, 1, 2)
+        kv = kv.flatten(2, 3).flatten(0, 1).to(points.dtype)
+        kv = F.grid_sample(kv, points, mode="bilinear", padding_mode="zeros", align_corners=True).to(q.dtype)
+        kv = kv.view(batch, self.num_heads, 2, -1, down, size, across, size).permute(2, 0, 4, 6, 1, 5, 7, 3)
+        k, v = kv.flatten(5, 6).flatten(1, 3).unbind(0)
+        out = softmax_attention(q, k, v, self.fused_attn, 0.0, self.bias(q), self.scale)
+        out = out.view(batch, down, across, self.num_heads, size, size, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.reshape(batch, down * size, across * size, self.out_dim)
+        return self.proj_drop(self.proj(out[:, top : top + height, left : left + width]))
+
+    def points(self, means: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Where to read, `[batch * heads, rows, columns, 2]`: x and y from -1, the first token, to 1, the last.
+
+        `means` are those of windows, `[batch, down, across, dim]`; `height` and `width` those of the map unpadded.
+        """
+        down, across, size = means.shape[1], means.shape[2], self.window
+        moves = self.transform(F.leaky_relu(means)).unflatten(-1, (self.num_heads, -1))
+        moves = moves.permute(0, 3, 1, 2, 4).flatten(0, 1)[..., None, None, :]
+        moves = moves.to(torch.promote_types(moves.dtype, torch.float32))  # half precision would blur the places
+        by_x, by_y = across, down
+        if self.dialect != "swin":
+            by_x, by_y = max(width // size, 1), max(height // size, 1)
+            if self.dialect == "detection":
+                by_x, by_y = by_y, by_x
+        slot = torch.arange(size, dtype=moves.dtype, device=moves.device) - (size - 1) / 2
+        step_x, step_y = 2 / (across * size - 1), 2 / (down * size - 1)
+        x, y = self.warp(moves, slot * step_x, slot[:, None] * step_y, by_x, by_y)
+        middle = (size - 1) / 2
+        column = torch.arange(across, dtype=moves.dtype, device=moves.device) * size + middle
+        row = torch.arange(down, dtype=moves.dtype, device=moves.device) * size + middle
+        x, y = x + (column * step_x - 1)[:, None, None], y + (row * step_y - 1)[:, None, None, None]
+        points = torch.stack(torch.broadcast_tensors(x, y), -1)  # [batch * heads, down, across, size, size, 2]
+        points = points.transpose(2, 3).reshape(-1, down * size, across * size, 2)
+        if self.pull > 0 and not torch.jit.is_scripting():
+            _pull_inside(points, self.pull)
+        return points
+
+    def warp(
+        self, moves: torch.Tensor, x: torch.Tensor, y: torch.Tensor, by_x: int, by_y: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places in a window, relative to its middle, after the predicted move."""
+        x = x * (1 + moves[..., 2]) + moves[..., 0] / by_x
+        return x, y * (1 + moves[..., 3]) + moves[..., 1] / by_y
+
+    def bias(self, q: torch.Tensor) -> torch.Tensor:
+        """Added to the scaled scores; it belongs to the slots of a window, wherever they were moved."""
+        return table_bias(self.relative_position_bias_table, self.window).to(q.dtype)
+
+
+def offsets(size: int, device: torch.device) -> torch.Tensor:
+    """Entry `query - key + size - 1` of a table, for each pair on an axis of a window."""
+    slot = torch.arange(size, device=device)
+    return slot[:, None] - slot + size - 1
+
+
+def table_bias(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Table `[(2 * size - 1) ** 2, heads]` of relative positions to `[1, heads, size ** 2, size ** 2]`."""
+    apart = offsets(size, table.device)
+    pairs = (apart[:, None, :, None] * (2 * size - 1) + apart[:, None]).flatten(2, 3).flatten(0, 1)
+    return table[pairs].permute(2, 0, 1)[None]
+
+
+def _pull_inside(points: torch.Tensor, pull: float) -> None:
+    """Push points that lie outside of the map towards it, whatever the loss says."""
+    if points.requires_grad:
+        outside = (points > 1.001).to(points.dtype) - (points < -1.001).to(points.dtype)
+        points.register_hook(lambda grad: grad + 10 * pull * outside)
