@@ -389,7 +389,7 @@ def test_rotation_keeps_relative_positions():
     ("options", "match"),
     [
         ({"kind": "softmax"}, "kind 'softmax'; allowed: 'care'"),
-        ({"num_heads": 3}, "dim 16 must be a multiple of num_heads"),
+        ({"num_heads": 3}, "dim 16 cannot be cut into 3 heads"),
         ({"rope": "axial", "kind": "flow"}, "rope='axial' is for kinds"),
         ({"rope": "rows"}, "rope 'rows'; allowed"),
         ({"rope": "axial", "num_heads": 4}, "multiple of 4 and at least 8; got 4"),

@@ -15,6 +15,7 @@ from torch import nn
 
 from vision_attn.modules.linear import formulas
 from vision_attn.modules.linear.rotary import axial_turns, check_rotary, rotate
+from vision_attn.modules.softmax import softmax_attention
 
 __all__ = ["Formula", "GatedScan", "InLine", "L2ViT", "LightNet", "RotaryFormula", "Slab", "Softmax", "local_taps"]
 
@@ -51,17 +52,13 @@ class Softmax(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
         check_rotary(head_dim)
-        self.scale = head_dim**-0.5
         self.fused_attn = use_fused_attn()
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         turns, shape = axial_turns(q), v.shape
         q, k = rotate(q, turns).to(v.dtype), rotate(k, turns).to(v.dtype)
         q, k, v = q.flatten(1, 2).transpose(1, 2), k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2).transpose(1, 2)
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = (q * self.scale @ k.transpose(-1, -2)).softmax(-1) @ v
+        out = softmax_attention(q, k, v, self.fused_attn)
         return out.transpose(1, 2).reshape(shape)
 
 

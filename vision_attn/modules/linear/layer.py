@@ -11,6 +11,7 @@ from torch import nn
 
 from vision_attn.modules.linear import formulas
 from vision_attn.modules.linear.cores import Formula, GatedScan, InLine, L2ViT, LightNet, RotaryFormula, Slab
+from vision_attn.modules.softmax import check_heads
 
 __all__ = ["KINDS", "AttentionFrame", "LinearAttention2d", "MapConv"]
 
@@ -24,11 +25,6 @@ WITH_PARAMETERS = {
     "gla": lambda dim, heads: partial(GatedScan, dim),
 }
 KINDS = tuple(sorted(formulas.FORMULAS))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"dim {dim} must be a multiple of num_heads, which is {num_heads}")
 
 
 class MapConv(nn.Conv2d):
@@ -66,7 +62,7 @@ class AttentionFrame(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if lepe is not None and (lepe < 1 or lepe % 2 == 0):
             raise ValueError(f"lepe is the side of a convolution, odd, or None; got {lepe}")
         if out_gate not in (False, True, "normed"):
@@ -161,7 +157,7 @@ class LinearAttention2d(AttentionFrame):
         unknown = options.keys() - {OPTIONS.get(kind)}
         if unknown:
             raise TypeError(f"unknown options {sorted(unknown)}; kind {kind!r} takes {OPTIONS.get(kind, 'none')}")
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         dd = {"device": device, "dtype": dtype}
         if kind in WITH_PARAMETERS:
             make = partial(WITH_PARAMETERS[kind](dim, num_heads), **dd)
