@@ -24,7 +24,8 @@ class Family:
             what is in there and is known to call `scaled_dot_product_attention`.
         embed: the module that turns the image into tokens, which is where the grid is read.
         prefix: tokens before the grid; None asks the tower for `num_prefix_tokens`.
-        end: the module that has all tokens again, after the last block.
+        end: the module after the last block, or the one that has all blocks.
+        biased: it adds a bias for every pair of places to the scores.
         refuse: why this class cannot be attached to; empty when it can.
     """
 
@@ -32,6 +33,7 @@ class Family:
     embed: str = "patch_embed"
     prefix: int | None = None
     end: str = "norm"
+    biased: bool = False
     refuse: str = ""
 
 
@@ -42,9 +44,9 @@ _OTHER_WINDOWS = Family(refuse="its windows are cut inside of the layers, where 
 # (package, class) -> family. A subclass is found by its base class.
 FAMILIES = {
     ("timm", "VisionTransformer"): _TIMM,  # ViT, DeiT, DeiT III, DINO, DINOv2 with registers, SigLIP, hybrids
-    ("timm", "VisionTransformerRelPos"): _TIMM,
+    ("timm", "VisionTransformerRelPos"): Family(biased=True),
     ("timm", "Eva"): _TIMM,  # EVA-02, DINOv3, PE: rotary positions
-    ("timm", "Beit"): _TIMM,
+    ("timm", "Beit"): Family(biased=True),
     ("open_clip", "VisionTransformer"): Family(r"^transformer\.resblocks\.(\d+)\.", "conv1", 1, "transformer"),
     ("timm", "NaFlexVit"): _NAFLEX,
     ("timm", "VisionTransformerSAM"): _OTHER_WINDOWS,

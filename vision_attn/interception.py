@@ -66,7 +66,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 class SelfAttention:
-    """In front of a layer that calls `scaled_dot_product_attention`. Its state has `active` and `attention`."""
+    """In front of a layer that calls `scaled_dot_product_attention`. Its state has `active` and `attention`, and gets
+    the number of such calls as `times`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vision_attn
@@ -82,6 +83,7 @@ class SelfAttention:
         finally:
             if unfused:
                 self.fused_attn = False
+        state.times = mode.calls
         if not mode.calls:
             state.left("it ran without calling scaled_dot_product_attention")
         return out

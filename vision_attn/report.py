@@ -19,11 +19,13 @@ class TowerReport:
         grids: token grids of the last call, all that were met from layer to layer.
         prefix: class and register tokens before the grid.
         density: per changed layer the share of the pairs of patch tokens that may see each other; 1.0 where the last
-            call was left dense, None before the first one.
+            call was left dense, None before the first one and under `TokenMerge`.
+        tokens: under `TokenMerge`, per changed layer the tokens before it, inside its attention, and after it.
         calls: attention calls by how they were computed: "sparse"; "masked", dense because the model passed a mask and
             then hidden; "dense", left as it was with a warning. Calls inside of compiled code are not counted.
-        flops: of the products of queries, keys and values in the changed layers, at the last call, "before" and
-            "after"; pairs that the pattern allows, while a kernel visits somewhat more. None before the first call.
+        flops: at the last call, "before" and "after"; None before the first. Under a pattern those of the products of
+            queries, keys and values in the changed layers, for pairs that the pattern allows; a kernel visits somewhat
+            more. Under `TokenMerge` also those of the linear layers and of finding what is alike.
     """
 
     name: str
@@ -33,6 +35,7 @@ class TowerReport:
     grids: list[list[int]]
     prefix: int
     density: list[float | None]
+    tokens: list[list[int] | None]
     calls: dict[str, int]
     flops: dict[str, int] | None
 
@@ -70,13 +73,16 @@ class Report:
             counts = ", ".join(f"{count} {kind}" for kind, count in tower.calls.items() if count)
             lines.append(f"  calls      {counts or 'none'}")
             groups: dict[str, list[str]] = {}
-            for name, density in zip(tower.modules, tower.density, strict=True):
-                groups.setdefault("not known yet" if density is None else f"{density:.1%}", []).append(name)
-            for density, names in groups.items():
+            for name, density, tokens in zip(tower.modules, tower.density, tower.tokens, strict=True):
+                if density is not None:
+                    groups.setdefault(f"density    {density:.1%}", []).append(name)
+                if tokens is not None:
+                    groups.setdefault(f"tokens     {' -> '.join(map(str, tokens))}", []).append(name)
+            for what, names in groups.items():
                 span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
-                lines.append(f"  density    {density} in {span}")
+                lines.append(f"  {what} in {span}")
             if tower.flops is not None:
-                lines.append(f"  attention  {_change(tower.flops, _flops)}")
+                lines.append(f"  layers     {_change(tower.flops, _flops)}")
         if self.flops is not None:
             lines.append(f"model        {_change(self.flops, _flops)}")
         if self.seconds is not None:

@@ -17,15 +17,17 @@ from vision_attn.joint import fit, joint_attention
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.patterns import Dense, Pattern, Radial
 from vision_attn.kernels.patterns.base import check_grid
+from vision_attn.merged import MergedTower
+from vision_attn.merging import TokenMerge
 from vision_attn.run import Layer, Run, Tower, plain
 
 
 def attach(
     model: nn.Module,
-    pattern: Pattern,
+    pattern: Pattern | TokenMerge,
     *,
     dense_layers: int | Iterable[int] = 0,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     backend: str | None = None,
     strict: bool = False,
     replace: bool = False,
@@ -41,10 +43,10 @@ def attach(
         model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as
             it is), or any module that contains one.
         pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter;
-            a tuple must fit.
+            a tuple must fit. Or a `TokenMerge`, which changes how many tokens there are.
         dense_layers: the first layers that stay as they are, or the numbers of those layers, from 0.
         grid: sizes in tokens, for a model whose class is not known; its sequences must be exactly the grid by rows,
-            after `model.num_prefix_tokens` others if it says so.
+            after `model.num_prefix_tokens` others if it says so. For `TokenMerge("vggt")` also `(frames, h, w)`.
         backend: kernel backend by name; None lets `attend` pick.
         strict: raise where a call would stay dense with a warning.
         replace: detach what is attached to the same modules first; otherwise that is an error.
@@ -65,41 +67,47 @@ def attach(
     >>> run.report.towers[0].modules, run.report.towers[0].calls
     (['blocks.1.attn'], {'sparse': 1, 'masked': 0, 'dense': 0})
     """
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a pattern such as Neighborhood(window=7); got {pattern!r}")
+    merging = isinstance(pattern, TokenMerge)
+    if not merging and not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a pattern such as Neighborhood(window=7), or TokenMerge(); got {pattern!r}")
     if isinstance(pattern, Radial):
         raise ValueError("Radial follows the distance between frames, and this is an image; use Neighborhood or Window")
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach to a torch module; got {type(model).__name__}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}, or None to let attend pick")
-    grid = _grid(grid)
+    if backend is not None and (merging or backend not in BACKENDS):
+        allowed = "None, for TokenMerge" if merging else f"{', '.join(BACKENDS)}, or None to let attend pick"
+        raise ValueError(f"unknown backend {backend!r}; allowed: {allowed}")
+    if grid is not None:
+        grid = tuple(grid)
+        check_grid(grid, rank=(2, 3) if merging else (2,))
     several = isinstance(dense_layers, Iterable) and not isinstance(dense_layers, (str, bytes))
     dense = tuple(sorted(set(dense_layers))) if several else dense_layers
     options = {"dense_layers": dense, "grid": grid, "backend": backend, "strict": strict}
-    towers = [PatternTower(place, pattern, options) for place in find(plain(model), grid)]
-    for tower, place in zip(towers, (t.place for t in towers), strict=True):
+    towers: list[Tower] = []
+    for place in find(plain(model), grid):
         kept = dense_numbers(dense, sorted({number for number, _, _ in place.layers}))
-        for number, name, module in place.layers:
-            if number in kept:
-                tower.dense.append(name)
-            elif is_swin(module):
-                swin.check(module, pattern)
-                tower.add(SwinLayer(tower, number, name), module, swin.SwinBlock)
-            else:
-                tower.add(SequenceLayer(tower, number, name), module, behaviour_of(module))
+        tower = MergedTower if merging else PatternTower
+        towers.append(tower(place, pattern, kept, options))
     return Run(model, towers, pattern.to_dict(), options, replace)
 
 
 class PatternTower(Tower):
-    """One tower under a pattern."""
+    """One tower under a pattern; `kept` are the numbers of the layers that stay as they are."""
 
-    def __init__(self, place: Place, pattern: Pattern, options: dict[str, Any]) -> None:
+    def __init__(self, place: Place, pattern: Pattern, kept: frozenset[int], options: dict[str, Any]) -> None:
         super().__init__(place, options["grid"], options["strict"])
         self.pattern, self.backend = pattern, options["backend"]
         self.plans: dict[tuple[int, ...], tuple[Pattern, bool]] = {}
         # A mask can stand for the pattern where the pattern does nothing but hide.
         self.hides_only = type(pattern).prepare is Pattern.prepare
+        for number, name, module in place.layers:
+            if number in kept:
+                self.dense.append(name)
+            elif is_swin(module):
+                swin.check(module, pattern)
+                self.add(SwinLayer(self, number, name), module, swin.SwinBlock)
+            else:
+                self.add(SequenceLayer(self, number, name), module, behaviour_of(module))
 
     def plan(self, grid: tuple[int, ...]) -> tuple[Pattern, bool]:
         """The pattern fitted to a grid, and whether it is plain attention there; compiled code knows that of `Dense()`
@@ -117,10 +125,39 @@ class PatternTower(Tower):
         return F.pad(mask, (self.prefix, 0, self.prefix, 0), value=True)
 
 
-class SequenceLayer(Layer):
-    """One attention layer over a sequence: tokens before the grid, then the grid."""
+class PatternLayer(Layer):
+    """What all layers under a pattern share: counts."""
 
     tower: PatternTower
+
+    def count(self, kind: str, grid: tuple[int, ...], pattern: Any, every: int, prefix: int, width: int) -> None:
+        """One call: `every` pairs before, `width` = batch * heads * (head_dim + value_dim)."""
+        self.seen = (kind, grid, pattern, every, prefix, int(width))
+        if not torch.compiler.is_compiling():
+            self.calls[kind] += 1
+
+    @property
+    def density(self) -> float | None:
+        if self.seen is None:
+            return None
+        kind, grid, pattern = self.seen[:3]
+        return 1.0 if kind == "dense" else pattern.density(grid)
+
+    @property
+    def flops(self) -> tuple[int, int] | None:
+        """Of the products of queries, keys and values."""
+        if self.seen is None:
+            return None
+        kind, grid, _, every, prefix, width = self.seen
+        now = every
+        if kind == "sparse":  # under a mask everything is computed, then hidden
+            tokens = math.prod(grid)
+            now = round(self.density * tokens**2) + prefix * (2 * tokens + prefix)
+        return 2 * every * width * self.times, 2 * now * width * self.times
+
+
+class SequenceLayer(PatternLayer):
+    """One attention layer over a sequence: tokens before the grid, then the grid."""
 
     def attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
@@ -170,10 +207,8 @@ class SequenceLayer(Layer):
         self.count(kind, self.tower.grid, pattern, every, self.tower.prefix, batch * heads * (width + value.shape[-1]))
 
 
-class SwinLayer(Layer):
+class SwinLayer(PatternLayer):
     """One Swin block, on the whole map."""
-
-    tower: PatternTower
 
     def attention_map(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         tower, attn = self.tower, block.attn
@@ -205,11 +240,3 @@ def dense_numbers(dense_layers: Any, numbers: list[int]) -> frozenset[int]:
     if len(dense) == len(numbers):
         raise ValueError(f"{have}, so nothing would be attached")
     return dense
-
-
-def _grid(grid: Any) -> tuple[int, int] | None:
-    if grid is None:
-        return None
-    grid = tuple(grid) if isinstance(grid, list) else grid
-    check_grid(grid, rank=(2,))
-    return grid

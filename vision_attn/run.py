@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 import warnings
@@ -23,41 +22,39 @@ class Layer:
 
     def __init__(self, tower: Tower, number: int, name: str) -> None:
         self.tower, self.number, self.name = tower, number, name
+        self.times = 1  # attention calls in one call of the layer: two where it is differential
         self.calls = {"sparse": 0, "masked": 0, "dense": 0}
-        self.seen: tuple | None = None  # of the last call; written inside compiled code, never read there
+        self.seen: tuple | None = (
+            None  # (kind, grid, ...) of the last call; compiled code writes it, and never reads it
+        )
 
     @property
     def active(self) -> bool:
         return self.tower.active
 
-    def count(self, kind: str, grid: tuple[int, ...], pattern: Any, every: int, prefix: int, width: int) -> None:
-        """One call: `every` pairs before, `width` = batch * heads * (head_dim + value_dim)."""
-        self.seen = (kind, grid, pattern, every, prefix, int(width))
-        if not torch.compiler.is_compiling():
-            self.calls[kind] += 1
-
     def left(self, trouble: str) -> None:
         self.tower.warn(f"{self.name} was left dense: {trouble}")
 
+    # What the last call says; None before the first one, and where it does not apply.
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        return None if self.seen is None else self.seen[1]
+
     @property
     def density(self) -> float | None:
-        """Share of the pairs of patch tokens that is allowed, at the last call."""
-        if self.seen is None:
-            return None
-        kind, grid, pattern = self.seen[:3]
-        return 1.0 if kind == "dense" else pattern.density(grid)
+        """Share of the pairs of patch tokens that is allowed."""
+        return None
+
+    @property
+    def tokens(self) -> list[int] | None:
+        """Tokens before the layer, inside its attention, and after it."""
+        return None
 
     @property
     def flops(self) -> tuple[int, int] | None:
-        """Of the products of queries, keys and values at the last call: as the model was, and now."""
-        if self.seen is None:
-            return None
-        kind, grid, _, every, prefix, width = self.seen
-        now = every
-        if kind == "sparse":  # under a mask everything is computed, then hidden
-            tokens = math.prod(grid)
-            now = round(self.density * tokens**2) + prefix * (2 * tokens + prefix)
-        return 2 * every * width, 2 * now * width
+        """As the model was, and now."""
+        return None
 
 
 class Tower:
@@ -234,7 +231,7 @@ def plain(model: Any) -> Any:
 def _tower_report(tower: Tower) -> TowerReport:
     flops = [layer.flops for layer in tower.layers]
     known = [f for f in flops if f is not None]
-    grids = dict.fromkeys(layer.seen[1] for layer in tower.layers if layer.seen is not None)
+    grids = dict.fromkeys(layer.grid for layer in tower.layers if layer.grid is not None)
     return TowerReport(
         name=tower.name,
         cls=tower.cls,
@@ -243,6 +240,7 @@ def _tower_report(tower: Tower) -> TowerReport:
         grids=[list(grid) for grid in grids],
         prefix=tower.prefix,
         density=[layer.density for layer in tower.layers],
+        tokens=[layer.tokens for layer in tower.layers],
         calls={kind: sum(layer.calls[kind] for layer in tower.layers) for kind in ("sparse", "masked", "dense")},
         flops={"before": sum(f[0] for f in known), "after": sum(f[1] for f in known)} if known else None,
     )
