@@ -25,6 +25,8 @@ static int forward(const Call& call, const Plan& plan) {
             gather_columns<NV>(tile.columns, source.lanes.q, sizes.key, call.scale * LOG2E);
             const float* key = call.key + head * call.rows() * sizes.key_step;
             const float* value = call.value + head * call.rows() * sizes.value_step;
+            for (const int64_t row : source.lanes.row)
+                if (row >= 0) fetch_to_write(call.out + row * sizes.value, sizes.value);
             auto attend = [&](bool careful) {
                 tile.careful = careful;
                 tile.start(sizes);

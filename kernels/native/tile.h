@@ -7,7 +7,7 @@
 #include "vector.h"
 
 constexpr int EIGHT = 8;
-constexpr int CHUNK = 256;                    // keys at a time: their scores stay in the first-level cache
+constexpr int CHUNK = 96;                     // keys at a time: two threads of a core share its first-level cache
 constexpr int BLOCK = 64;                     // keys whose rows are read several times over
 constexpr int GROUP = 4;                      // lanes whose sums are kept in registers together,
 constexpr int MOST = LANES == 16 ? 4 : 2;     // for so many vectors of a row
@@ -81,6 +81,7 @@ struct Tile {
             UNROLL for (int i = 0; i < KEYS; i++) {
                 row[i] = base + (int64_t)keys.token[j + i] * step;
                 any |= keys.lanes[j + i];
+                if (j + KEYS < count) fetch(base + (int64_t)keys.token[j + KEYS + i] * step, dim);
             }
             const bool left = any << (32 - LANES), right = NV == 2 && any >> LANES;
             if (NV == 1 || (left && right))
@@ -132,6 +133,7 @@ struct Tile {
     static APART void add(float* into, int width, const float* weights, const Keys& keys, int count, const float* base) {
         for (int first = 0; first < count; first += BLOCK) {
             const int stop = first + BLOCK < count ? first + BLOCK : count;
+            for (int j = first; j < stop; j++) fetch(base + (int64_t)keys.token[j] * width, width);
             for (int i = 0; i < WIDTH; i += GROUP) {
                 const uint32_t some = ((1u << GROUP) - 1) << i;
                 int from = first, to = stop;

@@ -20,6 +20,14 @@ static INLINE void store(float* p, vec v) { *(loose*)p = v; }
 static INLINE vec splat(float x) { return x - vec{}; }
 static INLINE vec larger(vec a, vec b) { return b > a ? b : a; }  // a NaN in b is passed over
 
+// Have a row brought near, to read or to write it soon: rows are scattered, and processors foresee only what is in a line.
+static INLINE void fetch(const float* row, int dim) {
+    for (int d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
+}
+static INLINE void fetch_to_write(const float* row, int dim) {
+    for (int d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 1, 2);
+}
+
 // Which lanes a bit mask names.
 static INLINE ivec named(uint32_t bits) {
     ivec bit;
