@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-__all__ = ["renamed"]
+__all__ = ["renamed", "unwrapped"]
+
+
+def unwrapped(state_dict: Mapping) -> Mapping:
+    """The weights themselves, of a file that may hold them under "model" or "state_dict"."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    return state_dict
 
 
 def renamed(
@@ -25,15 +33,13 @@ def renamed(
         ValueError: parameters are missing or unknown. The classifier may be missing, and where `model` has none, that
             of the file is left out.
     """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
+    state_dict = unwrapped(state_dict)
     wanted = model.state_dict().keys()
     if not any(key.startswith("stem.") for key in state_dict):
         state_dict = {rename(key): value for key, value in state_dict.items()}
         state_dict.pop(None, None)
-    state_dict = {key: value for key, value in state_dict.items() if key in wanted or not key.startswith("head.")}
-    missing = [key for key in wanted if key not in state_dict and not key.startswith("head.")]
+    state_dict = {key: value for key, value in state_dict.items() if key in wanted or not key.startswith("head.fc.")}
+    missing = [key for key in wanted if key not in state_dict and not key.startswith("head.fc.")]
     unknown = [key for key in state_dict if key not in wanted]
     if missing or unknown:
         problems = [

@@ -33,14 +33,15 @@ def cfg(**changes: Any) -> dict:
 
 
 def create(cls: type[nn.Module], variant: str, pretrained: bool, filter_fn: Callable, **kwargs: Any) -> nn.Module:
-    """Build a registered backbone the way timm does; `filter_fn(state_dict, model)` reads official checkpoints."""
+    """Build a registered backbone the way timm does; `filter_fn(state_dict, model)` reads official checkpoints.
+
+    A class whose stages are not a plain sequence says `feature_cls = "getter"`.
+    """
+    features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
+    if hasattr(cls, "feature_cls"):
+        features["feature_cls"] = cls.feature_cls
     return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True},
-        **kwargs,
+        cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=features, **kwargs
     )
 
 

@@ -6,12 +6,15 @@ import timm  # noqa: F401  before any layer is half imported: the first import o
 
 # Public name -> the file that defines it.
 _PUBLIC = {
+    "VariedWindowAttention": "varied_window",
+    "QuadrangleAttention": "quadrangle",
     "AggregatedAttention": "aggregated",
     "ContMix": "contmix",
     "CosineAttention": "aggregated",
     "GatedAttention": "gated",
     "HeadRouter": "mixture_of_heads",
     "LinearAttention2d": "linear",
+    "LargeKernel": "large_kernel",
     "MaskPredictor": "predicted",
     "MixtureOfHeads": "mixture_of_heads",
     "PredictedAttention": "predicted",
