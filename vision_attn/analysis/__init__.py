@@ -7,13 +7,19 @@ _PUBLIC = {
     "Attention": "layer",
     "CollapseAlarm": "statistics",
     "Profile": "statistics",
+    "EfficientProbing": "probing",
     "attention_entropy": "calls",
     "entropy_bound": "statistics",
+    "fit_probe": "probing",
+    "frozen_tokens": "probing",
     "head_importance": "heads",
     "head_mask": "heads",
+    "merge_sigma": "sigma",
     "profile": "statistics",
     "record": "recording",
     "rollout": "rollout",
+    "saliency": "saliency",
+    "to_sigma": "sigma",
 }
 
 __all__ = [*_PUBLIC]

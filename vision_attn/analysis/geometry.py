@@ -43,7 +43,7 @@ def place(tokens: int, image: tuple[int, int] | None, prefix: int | None, grid: 
             sizes
             for stride in range(1, max(image) + 1)
             for sizes in ((-(-image[0] // stride), -(-image[1] // stride)), (image[0] // stride, image[1] // stride))
-            if math.prod(sizes) == tokens - before and min(sizes) > 1
+            if math.prod(sizes) == tokens - before > 1
         }
         if len(found) == 1:
             return Place(before, found.pop())
@@ -82,7 +82,11 @@ def cut(
 
 
 def windows_of(
-    modules: list[tuple[Any, tuple[int, ...] | None]], windows: int, tokens: int, grid: tuple[int, ...] = ()
+    modules: list[tuple[Any, tuple[int, ...] | None]],
+    windows: int,
+    tokens: int,
+    grid: tuple[int, ...] = (),
+    channels: int = 0,
 ) -> Windows | None:
     """The windows of an attention layer that gets `windows` times `tokens` tokens of a map, or None if it has none.
 
@@ -92,23 +96,25 @@ def windows_of(
     Args:
         modules: the layer and those around it, innermost first, each with the shape of its input.
         grid: what `attend` was told.
+        channels: of all heads; says which axes of an input are the map.
     """
-    for module, shape in modules:
+    for number, (module, shape) in enumerate(modules):
         if shape is None or len(shape) != 4:
             continue
         size, shift = (_pair(getattr(module, name, None)) for name in ("window_size", "shift_size"))
         regions = getattr(module, "regions", None)
         cuts = []
-        if len(grid) == 2 and module is modules[0][0] and shape[1:3] != grid:
-            cuts = [(grid,)]
-        elif len(grid) == 1 and isinstance(regions, int):  # rounded up or down, which depends on the form
+        if len(grid) == 2:
+            if number == 0 and shape[3] == channels and shape[1:3] != grid:
+                cuts = [(grid,)]
+        elif number == 0 and isinstance(regions, int):  # rounded up or down, which depends on the form
             up = tuple(-(-n // regions) for n in shape[1:3])
             cuts = [(up, (0, 0), tuple(n * regions for n in up)), (tuple(max(n // regions, 1) for n in shape[1:3]),)]
         elif not grid and size is not None and shift is not None:
             cuts = [(size, shift)]
         for options in cuts:
             found = cut(shape[1:3], *options).token
-            found = found.view(1, -1) if grid else found
+            found = found.view(1, -1) if windows == 1 else found
             if found.shape == (windows, tokens):
                 return Windows(shape[1:3], found)
     return None

@@ -65,9 +65,7 @@ class Recording(Watch):
         """
         kind = type(self.model).__name__
         if not self.passes:
-            raise ValueError(
-                f"{kind} was not called with an image `[batch, channels, height, width]` inside the `with`"
-            )
+            raise ValueError(f"{kind} was not called with images [batch, channels, height, width] inside the `with`")
         if not self._seen or self._pass != self.passes:
             raise ValueError(
                 f"{kind} ran no softmax attention over tokens; linear attention, convolutions and compiled code have "
@@ -93,7 +91,9 @@ class Recording(Watch):
         modules = [(c.module, c.shape) for c in reversed(self.stack)]
         windows = None
         if batch % images == 0 and queries == keys:
-            windows = windows_of(modules, batch // images, queries, call.grid if isinstance(call, PatternCall) else ())
+            grid = call.grid if isinstance(call, PatternCall) else ()
+            channels = 0 if isinstance(call, WeightsCall) else call.q.shape[1] * call.q.shape[3]
+            windows = windows_of(modules, batch // images, queries, grid, channels)
         if windows is not None:
             places = [Place(0, windows.grid)] * 2
         elif isinstance(call, PatternCall):
