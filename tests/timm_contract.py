@@ -4,6 +4,8 @@ timm's wheel does not carry its tests, so they are stated again here, with a few
 with random weights, at the small sizes timm uses.
 """
 
+from unittest import mock
+
 import timm
 import torch
 from timm.layers import Format, get_channel_dim, get_spatial_dim, set_fused_attn
@@ -15,7 +17,8 @@ import vision_attn.backbones  # noqa: F401  registers the names
 
 def parameters(name, **options):
     """Number of parameters, counted on the meta device."""
-    with torch.device("meta"):
+    nothing_to_draw = mock.patch("timm.layers.weight_init._trunc_normal_")  # slow on the meta device
+    with torch.device("meta"), nothing_to_draw:
         return sum(p.numel() for p in create_model(name, **options).parameters())
 
 
