@@ -12,6 +12,7 @@ from torch import nn
 
 from vision_attn.families import Place, is_swin
 from vision_attn.interception import AttachError, behaviour_of
+from vision_attn.merge_maps import Merge, Roles, alternate, frame_roles, grid_roles, towards
 from vision_attn.merged_modules import (
     BLOCKS,
     Around,
@@ -22,7 +23,7 @@ from vision_attn.merged_modules import (
     RestoredAfter,
     Root,
 )
-from vision_attn.merging import Merge, Roles, TokenMerge, alternate, frame_roles, grid_roles, towards
+from vision_attn.merging import TokenMerge
 from vision_attn.run import Layer, Tower
 
 
