@@ -14,16 +14,21 @@ __all__ = ["register_variants"]
 
 
 def register_variants(
-    namespace: dict[str, Any], cls: type[nn.Module], variants: Mapping[str, Mapping], filter_fn: Callable
+    namespace: dict[str, Any],
+    cls: type[nn.Module],
+    variants: Mapping[str, Mapping],
+    filter_fn: Callable,
+    build: Callable = create,
 ) -> None:
     """Register one timm model per variant, as functions of the module whose `globals()` is `namespace`.
 
-    `variants` maps names to options of `cls`; the module's `default_cfgs` must be there already.
+    `variants` maps names to options of `cls`; the module's `default_cfgs` must be there already. `build` takes
+    the place of `create`.
     """
 
     def register(name: str, options: Mapping) -> None:
         def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-            return create(cls, name, pretrained, filter_fn, **{**options, **kwargs})
+            return build(cls, name, pretrained, filter_fn, **{**options, **kwargs})
 
         entry.__name__ = entry.__qualname__ = name
         entry.__module__ = namespace["__name__"]
