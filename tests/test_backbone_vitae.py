@@ -18,6 +18,8 @@ COUNTS = {
     "vitaev2_vsa_widepcm_48m": 51_089_119,
     "vitaev2_vsa_widepcm_base": 93_711_532,
 }
+# The other checks ask more of the skeleton than of this family.
+QUICK = {"forward", "backward", "default_cfg", "torchscript", "fx", "groups"}
 
 
 def test_every_name_is_counted():
@@ -29,15 +31,15 @@ def test_parameters(name):
     assert parameters(name) == COUNTS[name]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ in QUICK], ids=lambda check: check.__name__)
 def test_contract(check):
     check("vitaev2_vsa_small")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COUNTS if name != "vitaev2_vsa_small"])
+@pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract_of_the_rest(check, name):
+def test_whole_contract(check, name):
     check(name)
 
 
