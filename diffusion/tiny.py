@@ -6,10 +6,9 @@
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
-from vision_attn.shapes import WORDS
+from vision_attn.shapes.words import tokenizer
 
 TEXT_DIM = 96
 LATENTS = 16
@@ -63,17 +62,6 @@ def denoiser() -> WanTransformer3DModel:
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=256,
-    )
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the caption grammar; other words become `<unk>`."""
-    words = ["<pad>", "</s>", "<unk>", *WORDS]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
 
 

@@ -13,8 +13,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,85 +25,9 @@ from tqdm import tqdm
 
 from vision_attn.diffusion import tiny
 from vision_attn.diffusion.evaluate import evaluate
+from vision_attn.fit import fit
 from vision_attn.shapes import caption, render, sample_scene
 from vision_attn.shapes.scene import BACKGROUND
-
-
-class Checkpoint:
-    """Parameters, AdamW moments and moving averages of a module in one safetensors file, written atomically."""
-
-    def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]):
-        self.path, self.module, self.optimizer, self.average = path, module, optimizer, average
-
-    def save(self, step: int, seconds: float) -> None:
-        tensors = {f"average.{name}": value for name, value in self.average.items()}
-        for name, parameter in self.module.named_parameters():  # unlike state_dict, names shared weights once
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        partial = self.path.with_suffix(".partial")
-        meta = {"step": str(step), "seconds": str(seconds)}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, meta)
-        partial.replace(self.path)
-
-    def load(self) -> tuple[int, float]:
-        """Steps done and seconds spent; zeros where there is no checkpoint."""
-        if not self.path.exists():
-            return 0, 0.0
-        with safe_open(self.path, "pt") as file:
-            stored = {key: file.get_tensor(key) for key in file.keys()}
-            meta = file.metadata()
-        self.average.update({n: stored[f"average.{n}"] for n in self.average})
-        for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(stored[f"model.{name}"])
-            self.optimizer.state[parameter] = {
-                key: stored[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        return int(meta["step"]), float(meta["seconds"])
-
-
-def fit(
-    name: str,
-    module: nn.Module,
-    loss_of: Callable[[np.random.Generator, float], Tensor],
-    *,
-    out: Path,
-    steps: int,
-    lr: float,
-    seed: int,
-    decay: float,
-    every: int = 200,
-) -> dict[str, float]:
-    """AdamW with warm-up and cosine; `loss_of(rng, progress)` makes a batch. Leaves the moving average in `module`."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {n: p.detach().clone() for n, p in module.named_parameters()}
-    checkpoint = Checkpoint(out / f"{name}.checkpoint.safetensors", module, optimizer, average)
-    first, before = checkpoint.load()
-    start, smooth = time.perf_counter(), None
-    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
-    for step in bar:
-        warm = min(1.0, (step + 1) / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
-        torch.manual_seed(seed * 1_000_003 + step)  # every step has its own noise, so that resuming changes nothing
-        loss = loss_of(np.random.default_rng((seed, step)), step / steps)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rate = min(decay, (1 + step) / (10 + step))
-        for n, p in module.named_parameters():
-            average[n].lerp_(p.detach(), 1 - rate)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, before + time.perf_counter() - start)
-            with (out / f"{name}.log.jsonl").open("a") as log:
-                seconds = round(before + time.perf_counter() - start)
-                log.write(json.dumps({"step": step + 1, "loss": round(smooth, 5), "seconds": seconds}) + "\n")
-    with torch.no_grad():
-        for n, p in module.named_parameters():
-            p.copy_(average[n])
-    return {"steps": steps, "seconds": round(before + (time.perf_counter() - start if first < steps else 0))}
 
 
 def leave_record(args: argparse.Namespace, name: str, module: nn.Module, done: dict) -> None:
