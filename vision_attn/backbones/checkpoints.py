@@ -24,8 +24,8 @@ def renamed(
     """The weights of a published checkpoint under the names of `model`.
 
     Args:
-        state_dict: the weights, or a dict that holds them under "model" or "state_dict". Weights that have our names
-            already pass as they are.
+        state_dict: the weights, or a dict that holds them under "model" or "state_dict". Where most names are ours
+            already, they stay as they are.
         rename: published name to ours, None for an entry to leave out.
         family: what was expected, for the error text.
 
@@ -35,7 +35,7 @@ def renamed(
     """
     state_dict = unwrapped(state_dict)
     wanted = model.state_dict().keys()
-    if not any(key.startswith("stem.") for key in state_dict):
+    if 2 * sum(key in wanted for key in state_dict) < len(state_dict):
         state_dict = {rename(key): value for key, value in state_dict.items()}
         state_dict.pop(None, None)
     state_dict = {key: value for key, value in state_dict.items() if key in wanted or not key.startswith("head.fc.")}

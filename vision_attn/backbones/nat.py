@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, register_notrace_function, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, create, drop_path_rates
+from vision_attn.backbones.entries import register_variants
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.neighborhood import NeighborhoodAttention
 
 __all__ = ["NAT", "checkpoint_filter_fn"]
@@ -245,15 +246,4 @@ default_cfgs = generate_default_cfgs(
         for name, options in _VARIANTS.items()
     }
 )
-
-
-def _register(name: str, options: dict) -> None:
-    def entry(pretrained: bool = False, **kwargs) -> NAT:
-        return create(NAT, name, pretrained, checkpoint_filter_fn, **{**options, **kwargs})
-
-    entry.__name__ = entry.__qualname__ = name
-    globals()[name] = register_model(entry)
-
-
-for _name, _options in _VARIANTS.items():
-    _register(_name, _options)
+register_variants(globals(), NAT, _VARIANTS, checkpoint_filter_fn)
