@@ -6,6 +6,7 @@ import timm  # noqa: F401  before any layer is half imported: the first import o
 
 # Public name -> the file that defines it.
 _PUBLIC = {
+    "WindowAttention2d": "window",
     "VariedWindowAttention": "varied_window",
     "QuadrangleAttention": "quadrangle",
     "AggregatedAttention": "aggregated",

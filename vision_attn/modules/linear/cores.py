@@ -17,7 +17,18 @@ from vision_attn.modules.linear import formulas
 from vision_attn.modules.linear.rotary import axial_turns, check_rotary, rotate
 from vision_attn.modules.softmax import softmax_attention
 
-__all__ = ["Formula", "GatedScan", "InLine", "L2ViT", "LightNet", "RotaryFormula", "Slab", "Softmax", "local_taps"]
+__all__ = [
+    "Formula",
+    "GatedScan",
+    "InLine",
+    "L2ViT",
+    "LightNet",
+    "RotaryFormula",
+    "Slab",
+    "Softmax",
+    "local_taps",
+    "tap_predictor",
+]
 
 
 @register_notrace_module
@@ -63,11 +74,18 @@ class Softmax(nn.Module):
 
 
 def local_taps(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """Depthwise 3 x 3 convolution of v `[batch, height, width, ...]`, taps `[batch, channels * 9]` of each image."""
+    """Depthwise 3 x 3 convolution of v `[batch, height, width, ...]`, taps `[batch, channels * 9, 1]` per image."""
     maps = v.flatten(3).permute(0, 3, 1, 2)
     kernels = taps.reshape(maps.shape[0] * maps.shape[1], 1, 3, 3).to(v.dtype)
     out = F.conv2d(maps.reshape(1, -1, v.shape[1], v.shape[2]), kernels, padding=1, groups=kernels.shape[0])
     return out.view(maps.shape).permute(0, 2, 3, 1).reshape(v.shape)
+
+
+def tap_predictor(dim: int, num_heads: int, device=None, dtype=None) -> nn.Sequential:
+    """Mean token `[batch, dim, 1]` to the taps of `local_taps`, `[batch, dim * 9, 1]`, each head from its channels."""
+    dd = {"device": device, "dtype": dtype}
+    first = nn.Conv1d(dim, dim, 1, groups=num_heads, **dd)
+    return nn.Sequential(first, nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd))
 
 
 @register_notrace_module
@@ -79,15 +97,10 @@ class InLine(nn.Module):
         if feature not in ("identity", "relu", "leaky_relu", "exp"):
             raise ValueError(f"feature {feature!r}; allowed: 'identity', 'relu', 'leaky_relu', 'exp'")
         self.feature = feature
-        dd = {"device": device, "dtype": dtype}
-        self.taps = nn.Sequential(
-            nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
-            nn.GELU(),
-            nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd),
-        )
+        self.taps = tap_predictor(dim, num_heads, device, dtype)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        taps = self.taps(x.mean((1, 2)).unsqueeze(-1)).squeeze(-1)
+        taps = self.taps(x.mean((1, 2)).unsqueeze(-1))
         return formulas.inline(q, k, v, self.feature) + local_taps(v, taps)
 
 
