@@ -21,6 +21,8 @@ COMMANDS = {
     "simulate": "Bounds by tile pair, bytes moved and a predicted time of a pattern on a device.",
     "bench": "Time attention against its peers, each checked first.",
     "show": "Draw a picture of a pattern: who a query sees.",
+    "classify": "Say what is in pictures, with a timm classifier or CLIP.",
+    "attention": "Draw where a vision model looks in a picture, with the numbers.",
     "doctor": "Report versions, devices and backends.",
 }
 _DEBUG = "vision_attn.debug"

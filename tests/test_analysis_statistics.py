@@ -25,7 +25,6 @@ from vision_attn.analysis.calls import WeightsCall  # noqa: E402
 from vision_attn.analysis.geometry import Place  # noqa: E402
 from vision_attn.analysis.layer import Attention  # noqa: E402
 
-
 PLACE = Place(1, (3, 5))
 
 

@@ -12,7 +12,7 @@ from vision_attn.analysis.calls import DenseCall, PatternCall, WeightsCall
 from vision_attn.analysis.geometry import Place, Windows
 
 CHUNK = 2**22  # weights formed at a time
-SAMPLE = 4096  # queries that statistics look at; of more, evenly spaced ones
+SAMPLE = 1024  # queries that statistics look at; of more, this many drawn at random, always the same
 
 
 class Attention:
@@ -157,10 +157,10 @@ class Attention:
             yield part, self.rows(part)
 
     def sample(self, most: int = SAMPLE) -> torch.Tensor:
-        """Numbers of the queries on the grid, or `most` evenly spaced ones."""
+        """Numbers of the queries on the grid, or `most` of them, drawn at random and always the same."""
         first = self.query_place.prefix if self.query_place.grid else 0
-        count = self.queries - first
-        return first + torch.arange(min(count, most)) * count // min(count, most)
+        drawn = torch.randperm(self.queries - first, generator=torch.Generator().manual_seed(0))
+        return first + drawn[:most].sort().values
 
     def takes(self, call: Any, first_head: int) -> bool:
         """Whether another call of the same module is a part of this attention; if so it is added."""

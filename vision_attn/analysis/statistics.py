@@ -68,7 +68,7 @@ def profile(attention: Attention, most: int = SAMPLE) -> Profile:
 
     Args:
         attention: from `record`.
-        most: queries that are looked at; of more, evenly spaced ones. Entropy takes all of them.
+        most: queries that are looked at; of more, this many drawn at random, always the same.
 
     >>> import timm
     >>> from vision_attn.analysis import record
