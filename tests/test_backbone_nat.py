@@ -5,9 +5,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from test_module_neighborhood import attention
-from timm_contract import CHECKS, forward, parameters
+from timm.models import generate_default_cfgs
+from timm_contract import CHECKS, backward, features, forward, groups, parameters, torchscript
 
+from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.nat import NAT, checkpoint_filter_fn
+from vision_attn.backbones.skeleton import cfg
 
 COUNTS = {
     "nat_mini": 19_984_174,
@@ -33,6 +36,18 @@ COUNTS = {
     "vitrpb_small": 22_080_376,
     "vitrpb_base": 86_627_080,
 }
+SMALL = {"depths": (1, 2, 1, 2), "dim": 16, "num_heads": (1, 2, 4, 8), "dilations": (3, 2, 2, 1), "layer_scale": 0.1}
+LAYOUTS = {"test_nat": "conv", "test_nat_merge": "merge", "test_nat_isotropic": "isotropic"}
+default_cfgs = generate_default_cfgs(
+    {
+        "test_nat.untrained": cfg(first_conv="stem.proj.0"),
+        "test_nat_merge.untrained": cfg(first_conv="stem.proj"),
+        "test_nat_isotropic.untrained": cfg(first_conv="stem.proj", pool_size=(14, 14)),
+    }
+)
+register_variants(
+    globals(), NAT, {name: {**SMALL, "layout": layout} for name, layout in LAYOUTS.items()}, checkpoint_filter_fn
+)
 
 
 def test_every_name_is_counted():
@@ -46,19 +61,26 @@ def test_parameters(name):
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check):
-    check("nat_mini")
+    check("test_nat")
 
 
-@pytest.mark.parametrize("name", ["dinat_s_tiny", "dinat_isotropic_small"])
-def test_forward(name):
-    forward(name)
+@pytest.mark.parametrize("name", ["test_nat_merge", "test_nat_isotropic"])
+@pytest.mark.parametrize("check", [forward, backward, features, torchscript, groups], ids=lambda check: check.__name__)
+def test_contract_of_other_layouts(check, name):
+    check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COUNTS if name != "nat_mini"])
+@pytest.mark.parametrize("name", ["nat_mini", "nat_small", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract_of_the_rest(check, name):
+def test_contract_of_published_sizes(check, name):
     check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_forward_of_published_sizes(name):
+    forward(name)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +261,7 @@ def test_wrong_weights(change, message):
 
 def test_through_timm(tmp_path):
     """`pretrained=True` with a local file in the published layout."""
-    names = timm.create_model("nat_mini").state_dict()
+    names = timm.create_model("test_nat").state_dict()
     changes = (("stem.", "patch_embed."), ("stages.", "levels."), ("head.fc.", "head."))
     weights = {}
     for name, value in names.items():
@@ -250,6 +272,6 @@ def test_through_timm(tmp_path):
         weights[name] = torch.full_like(value, 0.01)
     torch.save(weights, tmp_path / "nat.pth")
     overlay = {"file": str(tmp_path / "nat.pth"), "num_classes": 1000}
-    model = timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, in_chans=1)
+    model = timm.create_model("test_nat", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, in_chans=1)
     assert model.stages[2].downsample.norm.weight.eq(0.01).all()
-    assert model.head.fc.weight.shape == (7, 512) and model.stem.proj[0].weight.shape[1] == 1
+    assert model.head.fc.weight.shape == (7, 128) and model.stem.proj[0].weight.shape[1] == 1
