@@ -438,3 +438,32 @@ def test_compiled_models_follow_and_come_back(fused):
         compiled(x), compiled(x)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert torch.equal(compiled(x), dense)
+
+
+@pytest.mark.parametrize("mask", ["bool", "float", "per head"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masks_of_multihead_attention(mask, batch_first, monkeypatch):
+    """True hides there; a mask of three dimensions is one per head."""
+    from vision_attn.retrofit import attach
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(24, 2, batch_first=batch_first)
+
+        def forward(self, x, mask):
+            return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    torch.manual_seed(0)
+    net, x = Holder().double().eval(), torch.randn(2, 20, 24).double()
+    x = x if batch_first else x.transpose(0, 1)
+    hidden = torch.rand(20, 20) > 0.7
+    hidden.fill_diagonal_(False)
+    given = {"bool": hidden, "float": torch.randn(20, 20).double(), "per head": torch.randn(4, 20, 20).double()}[mask]
+    with attach(net, LOCAL, grid=(4, 5), strict=True) as run:
+        sparse = net(x, given)
+    assert run.report.towers[0].calls["masked"] == 1
+    Oracle(Model("", grid=(4, 5), prefix=0), monkeypatch)
+    torch.testing.assert_close(sparse, net(x, given))
+    with attach(net, LOCAL, grid=(4, 5), strict=True), pytest.raises(AttachError, match="need_weights"):
+        net.attn(x, x, x)
