@@ -100,8 +100,14 @@ def merge_sigma(model: nn.Module) -> list[str]:
     for _, module, kind in found:
         training = module.parametrizations[kind][0].training
         module.parametrizations[kind].eval()  # without another step of the iteration
+        cls = type(module)  # shared with copies of the model, from which the next call would take the weight away
+        module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
         parametrize.remove_parametrizations(module, kind, leave_parametrized=True)
         module.train(training)
+        others = {name: value for name, value in module._parameters.items() if name != kind}
+        for name in others:  # the weight comes first again
+            del module._parameters[name]
+        module._parameters.update(others)
     return [name for name, _, _ in found]
 
 
