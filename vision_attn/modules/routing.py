@@ -160,13 +160,12 @@ def _by_region(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 def _choose(tokens: torch.Tensor, height: int, width: int, h: int, w: int, topk: int) -> torch.Tensor:
     """The regions that each region sees, `[batch, regions, topk]`; `tokens` are those of `_by_region`."""
-    q, k, _ = tokens.detach().chunk(3, -1)
-    q, k = q.mean(2), k.mean(2)
+    means = tokens.detach()[..., : tokens.shape[-1] // 3 * 2].mean(2)
     if height % h + width % w > 0:  # means of real tokens only; a region has one at least
         rows, columns = torch.arange(height), torch.arange(width)
         real = torch.bincount(rows // h)[:, None] * torch.bincount(columns // w)
-        share = (h * w / real).flatten()[:, None].to(k)
-        q, k = q * share, k * share
+        means = means * (h * w / real).flatten()[:, None].to(means)
+    q, k = means.chunk(2, -1)
     return (q @ k.transpose(1, 2)).topk(min(topk, k.shape[1]), dim=-1, sorted=False)[1]
 
 
@@ -184,8 +183,8 @@ def _by_blocks(q, k, v, index, block: int, scale: float):
     if topk == regions:
         return attend(q, k, v, Dense(), scale=scale)
     if q.shape[1] <= SMALL:
-        seen = torch.zeros(batch, regions, regions, dtype=torch.bool, device=q.device).scatter(-1, index, True)
-        mask = seen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
+        mask = q.new_full((batch, regions, regions), -torch.inf).scatter(-1, index, 0.0)
+        mask = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     index = index.to(torch.int32)[:, None]
