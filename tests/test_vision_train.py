@@ -169,14 +169,15 @@ def test_every_stage_runs_and_leaves_a_card(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(compare, "kinds", lambda: {"dense": compare.Dense, "again": compare.Dense})
     monkeypatch.setattr(compare, "PICTURES", 40)
-    train.main(["compare", *out, "--steps", "1", "--scenes", "8"])
+    monkeypatch.setattr(compare, "FRESH", 8)
+    train.main(["compare", *out, "--steps", "1"])
     rows = compare.read(tmp_path / "compare" / "attention.csv")
     runs = [(row["attention"], row["seed"]) for row in rows]
     assert runs == [(kind, str(seed)) for kind in ("dense", "again") for seed in (0, 1, 2)]
     for one, same in zip(rows[:3], rows[3:], strict=True):  # the seed decides everything
         assert [one[key] for key in ("shape", "color", "both")] == [same[key] for key in ("shape", "color", "both")]
     monkeypatch.setattr(compare, "fit", None)  # runs that are done are not repeated
-    train.main(["compare", *out, "--steps", "1", "--scenes", "8"])
+    train.main(["compare", *out, "--steps", "1"])
     assert "| dense |" in (tmp_path / "compare" / "README.md").read_text()
 
 

@@ -23,7 +23,7 @@ from vision_attn.shapes.stills import LABELS
 SEEDS = (0, 1, 2)
 # Of the twelve kinds, gla is left out: its scans of a map take several times the time of all the rest of the model.
 LINEAR = ("elu", "relu", "mala", "rala", "inline", "flow", "l2vit", "care", "lightnet", "slab", "nala")
-STEPS, BATCH, LR, PICTURES = 600, 16, 3e-3, 4096
+STEPS, BATCH, LR, PICTURES, FRESH = 300, 16, 3e-3, 4096, 1000
 DIM, HEADS, DEPTH = 32, 2, 2
 COLUMNS = ("attention", "seed", "parameters", "steps", "shape", "color", "both", "milliseconds")
 
@@ -98,7 +98,7 @@ def compare(args: argparse.Namespace) -> None:
     path = folder / "attention.csv"
     rows = read(path)
     images, labels = classified_in_parts(0, PICTURES)
-    fresh = classified_in_parts(10**9, args.scenes)
+    fresh = classified_in_parts(10**9, FRESH)
     for name, layer in kinds().items():
         for seed in SEEDS:
             if any(row["attention"] == name and int(row["seed"]) == seed for row in rows):
@@ -168,9 +168,10 @@ def report(path: Path) -> str:
 Written by `python -m vision_attn.train compare --out OUT`. Every row is the same model but for its attention layers:
 {DEPTH} blocks of {DIM} channels and {HEADS} heads on maps of 12 x 12 tokens. Every run has the same {PICTURES} pictures
 of the shapes world, {steps} steps of {BATCH} pictures in the same order, the same learning rate ({LR:g} at most), and
-no tuning for any kind. Shares of fresh pictures with the right shape and colour of the largest thing, mean ± standard
-deviation over {seeds} seeds, which set weights and order. Milliseconds: one forward and backward pass of {BATCH}
-pictures on one CPU thread; at 144 tokens sparse attention has little to save.
+no tuning for any kind. Shares of {FRESH} fresh pictures with the right shape and colour of the largest thing, mean ±
+standard deviation over {seeds} seeds, which set weights and order. Milliseconds: CPU time of one forward and backward
+pass of {BATCH} pictures, the least of six per run, on a CPU that other work shared; at 144 tokens sparse attention has
+little to save.
 
 A toy shows that the layers learn and how quickly they start; it says nothing about their rank on real pictures.
 

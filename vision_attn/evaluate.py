@@ -138,6 +138,7 @@ def card(folder: Path) -> str:
             f"| {kind} | {row['shape']:.4f} | {row['color']:.4f} | {row['both']:.4f} |"
             for kind, row in scores["rows"].items()
         )
+    note = f"\n{done['note']}" if "note" in done else ""
     return f"""# {name}
 
 {says}
@@ -153,7 +154,7 @@ python -m vision_attn.train {scores["command"]}
 |---|---|---|---|---|
 | {done["parameters"]:,} | {done["steps"]} | {done["batch"]} | {done["seed"]} | {done["seconds"]} |
 
-Seconds are wall time of one thread on a CPU that other work shared.
+Seconds are wall time of one thread on a CPU that other work shared.{note}
 
 ## On fresh scenes
 

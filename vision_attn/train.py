@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more than one is slower on a busy machine")
-    parser.add_argument("--scenes", type=int, default=2000, help="evaluate, compare: how many fresh scenes")
+    parser.add_argument("--scenes", type=int, default=2000, help="evaluate: how many fresh scenes")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join("OUT" if word == str(args.out) else word for word in words)
