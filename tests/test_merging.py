@@ -485,8 +485,28 @@ def test_what_is_refused_says_why():
         run._model(eva.images())
     with pytest.raises(ValueError, match="unknown backend 'cpu'; allowed: None"):
         attach(net, TokenMerge(), backend="cpu")
-    with attach(net, Neighborhood(window=3)), pytest.raises(ValueError, match="already has something attached"):
+    with (
+        attach(net, Neighborhood(window=3)),
+        pytest.raises(ValueError, match="^VisionTransformer already has"),
+    ):
         attach(net, TokenMerge())
+    batch_second = torch.nn.MultiheadAttention(24, 2)
+    clip_tower = TOWERS["open_clip ViT"].build()
+    clip_tower.visual.transformer.resblocks[0].attn = batch_second
+    with pytest.raises(ValueError, match="its blocks take the batch second"):
+        attach(clip_tower, TokenMerge())
+
+
+def test_one_method_replaces_another():
+    net, x = small(), torch.randn(1, 3, 80, 80)
+    dense, outputs = net(x), []
+    for method in (TokenMerge(ratio=2), Neighborhood(window=3), TokenMerge("grid"), TokenMerge(ratio=2)):
+        run = attach(net, method, replace=True)
+        outputs.append(net(x))
+        assert run.report.towers[0].cls == "VisionTransformer"
+    assert torch.equal(outputs[0], outputs[3]) and len({tuple(out[0].tolist()) for out in outputs}) == 3
+    run.detach()
+    assert torch.equal(net(x), dense)
 
 
 @pytest.mark.parametrize(

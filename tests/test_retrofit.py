@@ -240,6 +240,9 @@ def test_what_cannot_follow_the_pattern_is_left_dense_with_a_warning():
         pytest.raises(AttachError, match="does more than hide"),
     ):
         net(x, attn_mask=masked)
+    parts = PerHead(((1, LOCAL), (1, LengthDecay(train_frames=1, alpha=0.1))))
+    with attach(net, parts, strict=True), pytest.raises(AttachError, match="PerHead does more than hide"):
+        net(x, attn_mask=masked)
     dropping = small(attn_drop_rate=0.1, patch_drop_rate=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from vision_attn.interception import is_attention
+from vision_attn.interception import is_attention, own_class
 
 Layers = "list[tuple[int, str, nn.Module]]"
 
@@ -86,7 +86,7 @@ def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
             continue
         family = family_of(module)
         if family is not None and family.refuse:
-            raise ValueError(f"cannot attach to {type(module).__name__}: {family.refuse}")
+            raise ValueError(f"cannot attach to {own_class(module).__name__}: {family.refuse}")
         if family is not None and (layers := _layers(family, name, module)):
             places.append(Place(name, module, family, layers))
     if swin:
@@ -96,7 +96,7 @@ def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
     if not any(place.layers for place in places):
         known = ", ".join([cls for (_, cls), f in FAMILIES.items() if not f.refuse] + list(SWIN_BLOCKS))
         raise ValueError(
-            f"nothing to attach to in {type(model).__name__}: looked for attention layers in {known}"
+            f"nothing to attach to in {own_class(model).__name__}: looked for attention layers in {known}"
             + (
                 "; any other model needs grid=(h, w), its sizes in tokens, if it calls scaled_dot_product_attention"
                 if grid is None

@@ -1,8 +1,9 @@
 """How a model is changed from outside and given back: its modules answer with another class for a while.
 
 A module's class is replaced by a subclass of itself that holds what is attached. Nothing is wrapped, so names, the
-state dict, hooks, copies (`copy.deepcopy`, data parallelism) and `torch.compile` work as before, and putting the class
-back leaves no trace. Inside, `scaled_dot_product_attention` is taken over for the length of one call.
+state dict, hooks, copies (`copy.deepcopy`) and `torch.compile` work as before, and putting the class back leaves no
+trace. What is attached has state of the call that is running, so one thread may call a model at a time. Inside,
+`scaled_dot_product_attention` is taken over for the length of one call.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ class AttachError(ValueError):
 def put_on(module: nn.Module, behaviour: type, state: Any) -> None:
     """Put `behaviour` in front of the class of `module`; `state` is what it reads as `self._vision_attn`."""
     if KEY in vars(module):
-        raise ValueError(f"{type(module).__name__} is attached already; detach() that run first")
+        raise ValueError(f"{own_class(module).__name__} is attached already; detach() that run first")
     vars(module)[KEY] = state
     module.__class__ = _in_front(behaviour, type(module))
 
 
 def take_off(module: nn.Module) -> None:
     """Undo `put_on`; a module that has nothing on stays as it is."""
-    if vars(module).pop(KEY, None) is not None:
-        module.__class__ = type(module).__bases__[1]
+    module.__class__ = own_class(module)
+    vars(module).pop(KEY, None)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module without what is attached to it."""
+    return type(module).__bases__[1] if KEY in vars(module) else type(module)
 
 
 def state_of(module: nn.Module) -> Any | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vision_attn.families import Place, is_swin
-from vision_attn.interception import AttachError, behaviour_of
+from vision_attn.interception import AttachError, behaviour_of, own_class
 from vision_attn.merge_maps import Merge, Roles, alternate, frame_roles, grid_roles, towards
 from vision_attn.merged_modules import (
     BLOCKS,
@@ -53,15 +53,15 @@ class MergedTower(Tower):
         counts = sorted({number for number, _, _ in place.layers})
         schedule = self.method.schedule(len(counts))
         for index, (number, name, module) in enumerate(place.layers):
-            name, _, _ = name.rpartition(".")
-            block = place.module.get_submodule(name.removeprefix(f"{place.name}." if place.name else ""))
+            block = _block(place, name)
+            name = name.rpartition(".")[0]
             layer = BlockLayer(self, number, name, module, block.mlp)
             if number in kept:  # still weighs keys by what they stand for
                 layer.merging = 0
                 self.dense.append(name)
             elif schedule is not None:
                 layer.merging = schedule[index]
-            self.add(layer, block, BLOCKS[type(block).__name__])
+            self.add(layer, block, BLOCKS[own_class(block).__name__])
             self.parts.append((module, behaviour_of(module), layer))
         end = getattr(place.module, place.family.end)
         self.parts.append((end, Restored if place.family.end == "norm" else RestoredAfter, self))
@@ -107,7 +107,7 @@ class MergedTower(Tower):
 
 
 def _check(place: Place, method: TokenMerge) -> None:
-    cls, family = type(place.module).__name__, place.family
+    cls, family = own_class(place.module).__name__, place.family
     modules = [module for _, _, module in place.layers]
     if any(map(is_swin, modules)):
         raise ValueError("cannot merge tokens in Swin: its windows need every token of the map")
@@ -122,17 +122,23 @@ def _check(place: Place, method: TokenMerge) -> None:
         return
     if any(hasattr(module, "mlp_act") for module in modules):
         raise ValueError(f"cannot merge tokens in {cls}: its blocks compute attention and MLP as one")
+    if any(getattr(module, "batch_first", True) is False for module in modules):
+        raise ValueError(
+            f"cannot merge tokens in {cls}: its blocks take the batch second; build it with batch_first=True"
+        )
     if method.partition == "tome":
-        dot = f"{place.name}." if place.name else ""
-        blocks = {
-            type(place.module.get_submodule(name.removeprefix(dot).rpartition(".")[0])).__name__
-            for _, name, _ in place.layers
-        }
+        blocks = {own_class(_block(place, name)).__name__ for _, name, _ in place.layers}
         if not blocks <= set(BLOCKS):
             raise ValueError(
                 f"partition 'tome' goes between attention and MLP of {', '.join(BLOCKS)}; {cls} has "
                 f"{', '.join(sorted(blocks))}; use partition 'grid', or 'vggt' with rotary positions"
             )
+
+
+def _block(place: Place, name: str) -> nn.Module:
+    """The block around an attention layer, by the name of that layer in the model."""
+    inside = name.removeprefix(f"{place.name}." if place.name else "")
+    return place.module.get_submodule(inside.rpartition(".")[0])
 
 
 class MergedLayer(Layer):

@@ -111,8 +111,8 @@ class MultiheadAround:
         state, layer = self._vision_attn, super().forward
         if not state.active:
             return layer(query, key, value, *args, **options)
-        if query is not key or key is not value or not self.batch_first or options.get("need_weights", True):
-            raise AttachError(f"{state.name} was called as cross-attention, batch last, or with need_weights")
+        if query is not key or key is not value or options.get("need_weights", True):
+            raise AttachError(f"{state.name} was called as cross-attention or with need_weights")
         return state.around(query, lambda y: layer(y, y, y, *args, **options)[0], options), None
 
 

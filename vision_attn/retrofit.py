@@ -15,7 +15,7 @@ from vision_attn.families import Place, find, is_swin
 from vision_attn.interception import AttachError, behaviour_of
 from vision_attn.joint import fit, joint_attention
 from vision_attn.kernels.backends import BACKENDS
-from vision_attn.kernels.patterns import Dense, Pattern, Radial
+from vision_attn.kernels.patterns import Dense, Pattern, PerHead, Radial
 from vision_attn.kernels.patterns.base import check_grid
 from vision_attn.merged import MergedTower
 from vision_attn.merging import TokenMerge
@@ -98,8 +98,6 @@ class PatternTower(Tower):
         super().__init__(place, options["grid"], options["strict"])
         self.pattern, self.backend = pattern, options["backend"]
         self.plans: dict[tuple[int, ...], tuple[Pattern, bool]] = {}
-        # A mask can stand for the pattern where the pattern does nothing but hide.
-        self.hides_only = type(pattern).prepare is Pattern.prepare
         for number, name, module in place.layers:
             if number in kept:
                 self.dense.append(name)
@@ -118,6 +116,11 @@ class PatternTower(Tower):
             pattern = fit(self.pattern, grid)
             self.plans[grid] = pattern, pattern.is_dense(grid)
         return self.plans[grid]
+
+    def hides_only(self, grid: tuple[int, ...]) -> bool:
+        """Whether a mask can stand for the pattern, which then does nothing but hide."""
+        parts = [part for _, part in self.pattern.parts] if isinstance(self.pattern, PerHead) else [self.pattern]
+        return all(type(p).prepare is Pattern.prepare and p.score_rule(grid) is None for p in parts)
 
     def allowed(self, pattern: Pattern, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Bool `[tokens, tokens]`, or one per head: the pattern with the tokens before the grid."""
@@ -181,7 +184,7 @@ class SequenceLayer(PatternLayer):
             )
         elif dropout_p > 0 or is_causal:
             trouble = "it was called with dropout of attention weights or a causal mask"
-        elif attn_mask is not None and not (tower.hides_only and tower.pattern.score_rule(grid) is None):
+        elif attn_mask is not None and not tower.hides_only(grid):
             trouble = f"it was called with a mask, and {type(tower.pattern).__name__} does more than hide"
         if trouble is not None:
             self.left(trouble)
@@ -192,8 +195,8 @@ class SequenceLayer(PatternLayer):
             self.saw("sparse" if full else "masked", query, value, pattern)
             if not full:
                 allowed = tower.allowed(pattern, grid, query.device)
-                both = attn_mask.dtype == torch.bool
-                given["attn_mask"] = allowed & attn_mask if both else attn_mask.masked_fill(~allowed, -math.inf)
+                whole = attn_mask.dtype == torch.bool
+                given["attn_mask"] = allowed & attn_mask if whole else attn_mask.masked_fill(~allowed, -math.inf)
             return F.scaled_dot_product_attention(query, key, value, **given)
         self.saw("sparse", query, value, pattern)
         start = tower.prefix
@@ -203,8 +206,8 @@ class SequenceLayer(PatternLayer):
 
     def saw(self, kind: str, query: torch.Tensor, value: torch.Tensor, pattern: Pattern | None) -> None:
         batch, heads, tokens, width = (int(n) for n in query.shape)
-        every = tokens * tokens
-        self.count(kind, self.tower.grid, pattern, every, self.tower.prefix, batch * heads * (width + value.shape[-1]))
+        width = batch * heads * (width + int(value.shape[-1]))
+        self.count(kind, self.tower.grid, pattern, tokens * tokens, self.tower.prefix, width)
 
 
 class SwinLayer(PatternLayer):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn.families import Place
-from vision_attn.interception import AttachError, put_on, state_of, take_off
+from vision_attn.interception import AttachError, own_class, put_on, state_of, take_off
 from vision_attn.report import Report, TowerReport
 
 
@@ -61,7 +61,7 @@ class Tower:
     """An image tower that something is attached to."""
 
     def __init__(self, place: Place, grid: tuple[int, ...] | None, strict: bool) -> None:
-        self.name, self.cls, self.prefix = place.name, type(place.module).__name__, place.prefix
+        self.name, self.cls, self.prefix = place.name, own_class(place.module).__name__, place.prefix
         self.place: Place | None = place  # until it is put on
         self.user_grid, self.grid, self.strict = grid, grid, strict
         self.active = True
@@ -122,8 +122,8 @@ class Run:
         if any(state_of(module) is not None for module, _, _ in parts):
             if not replace:
                 raise ValueError(
-                    f"{type(plain(model)).__name__} already has something attached; detach() that run first, or pass "
-                    "replace=True"
+                    f"{own_class(plain(model)).__name__} already has something attached; detach() that run first, or "
+                    "pass replace=True"
                 )
             for module in plain(model).modules():
                 take_off(module)
@@ -218,7 +218,7 @@ class Run:
 
     def __repr__(self) -> str:
         state = "attached to" if self._on else "detached from"
-        return f"<Run: {self._pattern['pattern']} {state} {type(plain(self._model)).__name__}>"
+        return f"<Run: {self._pattern['pattern']} {state} {own_class(plain(self._model)).__name__}>"
 
 
 def plain(model: Any) -> Any:
