@@ -441,7 +441,7 @@ def test_half_precision_is_finite(dtype, partition):
     assert out.dtype == dtype and out.isfinite().all()
 
 
-@pytest.mark.parametrize("partition", ["tome", "grid", "vggt"])
+@pytest.mark.parametrize("partition", ["tome", "grid", pytest.param("vggt", marks=pytest.mark.slow)])
 def test_compiled_models_merge(partition):
     net, x = small(), torch.randn(2, 3, 80, 80)
     method = TokenMerge(partition, **({"dst_frames": ()} if partition == "vggt" else {"ratio": 0.4}))

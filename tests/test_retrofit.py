@@ -422,7 +422,7 @@ def test_the_report_counts_what_was_computed():
         run.measure(x, repeats=0)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_models_follow_and_come_back(fused):
     timm.layers.set_fused_attn(fused)
     try:

@@ -142,7 +142,7 @@ def test_a_feature_extractor_has_no_root_and_still_works():
     assert all(map(torch.equal, net(images), dense))
 
 
-@EVERY
+@pytest.mark.parametrize("model", [pytest.param(SWINS[0], marks=pytest.mark.slow), SWINS[1]], ids=repr)
 def test_compiled_swin_follows(model: Model):
     net, images = Model(model.name, {**model.options, "depths": (1, 1)}, (16, 16), patch=4).build(), model.images(1)
     torch._dynamo.reset()

@@ -37,7 +37,8 @@ def attach(
     Patch tokens follow the pattern among themselves, on the grid that the model itself cuts the image into. Class and
     register tokens see everything and are seen by everything. In a Swin model the pattern takes the place of the
     shifted windows, on the whole map, with the relative positions that the model learned. A layer that stays dense is
-    untouched, bit for bit.
+    untouched, bit for bit. Where the model passes a mask, or adds a bias for every pair of places as BEiT does,
+    attention is computed dense and the pattern hides the rest: right, but nothing is saved.
 
     Args:
         model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as
