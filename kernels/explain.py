@@ -187,7 +187,7 @@ def support_table() -> str:
         for dtype in DTYPES:
             row = []
             for device in devices:
-                sample = Problem(Neighborhood(7), (32, 32), dtype=dtype, device=device)
+                sample = Problem(Neighborhood(7), (16, 16), dtype=dtype, device=device)
                 able = [not module.limits(dataclasses.replace(sample, needs_grad=grad)) for grad in (False, True)]
                 row.append(cells[able[0], able[1]])
             lines.append(f"| {name} | {str(dtype).removeprefix('torch.')} | " + " | ".join(row) + " |")

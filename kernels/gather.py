@@ -185,7 +185,7 @@ def _attend(q, k, v, bias, chunk: Chunk, extra_mask, bad, options: Options):
         pairs = _bias_of_pairs(bias, chunk.bias, (batch, rows, kv_heads, group), options.extra)
         added = pairs if added is None else added + pairs
     lse = None
-    if options.lse or options.rule or bias is not None:
+    if options.lse or options.rule:
         scores = (query @ key.transpose(-1, -2)) * options.scale
         if options.rule is not None:
             inner = scores[..., : chunk.key.shape[1]]
@@ -222,10 +222,12 @@ def _attend(q, k, v, bias, chunk: Chunk, extra_mask, bad, options: Options):
 
 
 def _bias_of_pairs(bias: torch.Tensor, index: torch.Tensor, sizes: tuple[int, ...], extra: int) -> torch.Tensor:
-    """`[batch * rows, kv_heads, group * Q, U + extra]` from bias `[batch or 1, heads or 1, entries]`; extra tokens have
-    none."""
+    """`[batch * rows or 1, kv_heads, group * Q, U + extra]` from bias `[batch or 1, heads or 1, entries]`; extra tokens
+    have none."""
     batch, rows, kv_heads, group = sizes
     pairs = bias[:, :, index].transpose(1, 2)  # [batch or 1, rows or 1, heads or 1, Q, U]
+    if pairs.shape[:2] == (1, 1):  # the same in all tiles
+        batch = rows = 1
     pairs = pairs.expand(batch, rows, kv_heads * group, -1, -1).flatten(0, 1)
     return F.pad(pairs.unflatten(1, (kv_heads, group)).flatten(2, 3), (0, extra))
 

@@ -17,7 +17,7 @@ Backends do not import each other and never change the result.
 from types import ModuleType
 
 from ..problem import Problem
-from . import cpu, flex, natten, reference, tiled, triton
+from . import cpu, flex, masked, natten, reference, tiled, triton
 
 # In the order of preference: the first that can do a problem, and does not wait to be asked by name, is used.
 BACKENDS: dict[str, ModuleType] = {
@@ -25,6 +25,7 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "flex": flex,
     "cpu": cpu,
+    "masked": masked,
     "tiled": tiled,
     "reference": reference,
 }
