@@ -17,6 +17,7 @@ from vision_attn.backbones import (  # noqa: F401
     shapes_world,
     slab,
     spectformer,
+    spectformer_h,
     swin_vsa,
     vig,
     vitae,

@@ -9,32 +9,19 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
+from vision_attn.backbones.patches import ConvTokens, init_linear
 from vision_attn.backbones.position import PositionTable, read_table
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.linear.formulas import flow
 from vision_attn.modules.softmax import check_heads
 
 __all__ = ["Flowformer", "checkpoint_filter_fn"]
-
-
-class Patches(nn.Module):
-    """Squares of `size` tokens or pixels to one token each, `[batch, height, width, dim]`; a rest is cut off."""
-
-    def __init__(self, in_dim: int, dim: int, size: int, channels_last: bool):
-        super().__init__()
-        self.channels_last = channels_last
-        self.proj = nn.Conv2d(in_dim, dim, size, stride=size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channels_last:
-            x = x.permute(0, 3, 1, 2)
-        return self.proj(x).permute(0, 2, 3, 1)
 
 
 class FlowAttention(nn.Module):
@@ -105,10 +92,12 @@ class Flowformer(Backbone):
         stages = []
         for i, dim in enumerate(dims):
             blocks = [Block(dim, num_heads, mlp_ratio, layer_scale, proj_drop_rate, rate) for rate in rates[i]]
-            stages.append(Stage(Patches(dims[i - 1], dim, 2, True) if i else nn.Identity(), blocks))
+            down = ConvTokens(dims[i - 1], dim, 2, 2, norm=False) if i else nn.Identity()
+            stages.append(Stage(down, blocks))
+        patches = ConvTokens(in_chans, dims[0], 4, 4, image=True, norm=False)
         table = PositionTable(dims[0], (img_size // 4,) * 2)
         super().__init__(
-            stem=nn.Sequential(Patches(in_chans, dims[0], 4, False), table, nn.Dropout(proj_drop_rate)),
+            stem=nn.Sequential(patches, table, nn.Dropout(proj_drop_rate)),
             stages=stages,
             widths=dims,
             reductions=[4 * 2**i for i in range(len(dims))],
@@ -117,13 +106,7 @@ class Flowformer(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:

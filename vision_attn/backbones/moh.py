@@ -6,38 +6,22 @@ Transformers.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
+from vision_attn.backbones.patches import ConvTokens, init_conv, init_linear
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.aggregated import AggregatedAttention, CosineAttention
 
 __all__ = ["MoHViT", "checkpoint_filter_fn"]
-
-
-class Patches(nn.Module):
-    """An overlapping convolution to `[batch, height, width, dim]`, with a norm after it, and before it on a map."""
-
-    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, prenorm: bool):
-        super().__init__()
-        self.prenorm = nn.LayerNorm(in_dim, eps=1e-6) if prenorm else nn.Identity()
-        self.channels_last = prenorm
-        self.proj = nn.Conv2d(in_dim, dim, kernel, stride=stride, padding=kernel // 2)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channels_last:
-            x = self.prenorm(x).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class ConvGlu(nn.Module):
@@ -130,9 +114,10 @@ class MoHViT(Backbone):
                 else:
                     attn = CosineAttention(width, **options)
                 blocks.append(Block(width, attn, mlp_ratios[i], proj_drop_rate, rate))
-            stages.append(Stage(Patches(width // 2, width, 3, 2, True) if i else nn.Identity(), blocks))
+            down = ConvTokens(width // 2, width, 3, 2, prenorm=True) if i else nn.Identity()
+            stages.append(Stage(down, blocks))
         super().__init__(
-            stem=Patches(in_chans, dim, 7, 4, False),
+            stem=ConvTokens(in_chans, dim, 7, 4, image=True),
             stages=stages,
             widths=widths,
             reductions=[4 * 2**i for i in range(len(depths))],
@@ -141,22 +126,13 @@ class MoHViT(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
+        self.apply(init_conv)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         words = ("query_embedding", "relative_pos_bias_local", "cpb_", "temperature")
         return {name for name, _ in self.named_parameters() if any(word in name for word in words)}
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GluMlp, LayerNorm2d, RmsNorm, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, GluMlp, LayerNorm2d, RmsNorm, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
+from vision_attn.backbones.patches import ConvTokens, init_linear
 from vision_attn.backbones.position import PositionTable, read_table
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.linear.formulas import gla
@@ -87,18 +88,6 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-class ConvDownsample(nn.Module):
-    """Half the height and width (rounded up) of a map `[batch, height, width, dim]`, by an overlapping convolution."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
 class ViG(Backbone):
     """A backbone of gated linear attention; image `[batch, in_chans, height, width]` to logits.
 
@@ -141,7 +130,8 @@ class ViG(Backbone):
             for rate in rates[i]:
                 mixer = GatedScan(dim, num_heads[i], conv_act, out_act)
                 blocks.append(Block(dim, mixer, norm, hidden, proj_drop_rate, rate))
-            stages.append(Stage(nn.Identity() if isotropic or not i else ConvDownsample(dims[i - 1], dim), blocks))
+            down = nn.Identity() if isotropic or not i else ConvTokens(dims[i - 1], dim, 3, 2)
+            stages.append(Stage(down, blocks))
         stride = 8 if isotropic else 2
         stem = [
             nn.Conv2d(in_chans, dims[0] // 2, stride + 1, stride=stride, padding=1),
@@ -163,7 +153,7 @@ class ViG(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
         for module in self.modules():
             if isinstance(module, GatedScan):
                 layers = [module.in_proj[0]]
@@ -171,13 +161,6 @@ class ViG(Backbone):
                     layers += [module.qkv_proj, module.g_proj, module.o_proj, *module.gk_proj]
                 for layer in layers:
                     nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _STEM = {"2": 1, "5": 3, "7": 4}
