@@ -193,6 +193,59 @@ def test_own_backbones(name, size):
             torch.testing.assert_close(out, ends.out.flatten(1, 2), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("small_map", ["shrink", "pad"])
+@pytest.mark.parametrize("size", [(9, 14), (3, 10), (4, 4), (2, 3)])
+def test_own_windows(size, small_map, shift):
+    from vision_attn.modules.window import WindowAttention2d
+
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = WindowAttention2d(24, 2, window=4, shift=shift, small_map=small_map)
+            self.x = torch.randn(2, *size, 24)
+
+        def forward(self, image):
+            return self.layer(self.x)
+
+    net = Net()
+    torch.nn.init.normal_(net.layer.relative_position_bias_table)
+    torch.nn.init.normal_(net.layer.qkv.weight)
+    torch.nn.init.normal_(net.layer.qkv.bias)
+    with torch.no_grad(), record(net) as recording:
+        out = net(torch.zeros(2, 3, 32, 32))
+    (layer,) = recording.layers
+    assert layer.grid == size
+    with torch.no_grad():
+        missing = (1 - layer.rows().sum(-1)).transpose(1, 2)[..., None]
+        rest = (missing * net.layer.qkv.bias[48:].view(2, -1)).flatten(2)
+        found = rebuilt(layer, net.layer, net.x) + F.linear(rest, net.layer.proj.weight)
+    torch.testing.assert_close(found, out.flatten(1, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_whose_keys_have_no_place_do_not_pretend():
+    for name, size in (
+        ("swin_tiny_vsa", 224),
+        ("moh_transnext_base_50", 64),
+        ("illama_tiny", 224),
+        ("hiera_tiny_224", 224),
+    ):
+        net = timm.create_model(name, **({"depths": (1, 1, 1, 1)} if "vsa" in name else {})).eval()
+        images = torch.randn(1, 3, size, size)
+        with torch.no_grad(), record(net) as recording:
+            net(images)
+        kinds = {type(net.get_submodule(each.name)).__name__: each for each in recording.layers}
+        odd = {"VariedWindowAttention", "AggregatedAttention", "SoftCausalAttention", "MaskUnitAttention"} & set(kinds)
+        assert odd
+        for each in odd:
+            assert kinds[each].key_place.grid is None
+            assert (kinds[each].entropy() >= 0).all()
+            with pytest.raises(ValueError, match="no known place"):
+                kinds[each].map()
+
+
 def test_legacy_routing_with_padding():
     """Padded tokens are keys too; the places of the others are known, whatever the order in the layer."""
     torch.manual_seed(0)

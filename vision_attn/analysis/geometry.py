@@ -67,16 +67,24 @@ class Windows:
 
 
 def cut(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int] = (0, 0), whole: tuple[int, int] = (0, 0)
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    whole: tuple[int, int] = (0, 0),
+    pad_first: bool = False,
 ) -> Windows:
     """Windows of a map that is rolled by `-shift` and padded at the bottom and right, to the size `whole` at least.
 
     >>> cut((2, 4), (2, 2)).token.tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
-    number = torch.arange(math.prod(grid)).view(grid).roll((-shift[0], -shift[1]), (0, 1))
+    number = torch.arange(math.prod(grid)).view(grid)
     below, right = (max(-(-n // w) * w, least) - n for n, w, least in zip(grid, window, whole, strict=True))
+    if not pad_first:
+        number = number.roll((-shift[0], -shift[1]), (0, 1))
     number = torch.nn.functional.pad(number, (0, right, 0, below), value=-1)
+    if pad_first:
+        number = number.roll((-shift[0], -shift[1]), (0, 1))
     number = number.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2)
     return Windows(grid, number.flatten(2).flatten(0, 1))
 
@@ -90,8 +98,8 @@ def windows_of(
 ) -> Windows | None:
     """The windows of an attention layer that gets `windows` times `tokens` tokens of a map, or None if it has none.
 
-    Known are blocks with `window_size` and `shift_size` (Swin), layers with `regions` (bi-level routing), and layers
-    that pad their map.
+    Known are blocks with `window_size` and `shift_size` (Swin), layers with `window` and `shift` or with `regions`
+    (bi-level routing), and layers that pad their map.
 
     Args:
         modules: the layer and those around it, innermost first, each with the shape of its input.
@@ -102,6 +110,7 @@ def windows_of(
         if shape is None or len(shape) != 4:
             continue
         size, shift = (_pair(getattr(module, name, None)) for name in ("window_size", "shift_size"))
+        own, by = (_pair(getattr(module, name, None)) for name in ("window", "shift"))
         regions = getattr(module, "regions", None)
         cuts = []
         if len(grid) == 2:
@@ -110,6 +119,10 @@ def windows_of(
         elif number == 0 and isinstance(regions, int):  # rounded up or down, which depends on the form
             up = tuple(-(-n // regions) for n in shape[1:3])
             cuts = [(up, (0, 0), tuple(n * regions for n in up)), (tuple(max(n // regions, 1) for n in shape[1:3]),)]
+        elif not grid and number == 0 and own is not None and by is not None:
+            extents = [min(n, w) if module.shrink else w for n, w in zip(shape[1:3], own, strict=True)]
+            shifts = [s if n > w else 0 for n, w, s in zip(shape[1:3], own, by, strict=True)]
+            cuts = [(extents, shifts, (0, 0), True)]
         elif not grid and size is not None and shift is not None:
             cuts = [(size, shift)]
         for options in cuts:

@@ -9,12 +9,19 @@ import torch
 from torch import nn
 
 from vision_attn.analysis.calls import DenseCall, PatternCall, WeightsCall
-from vision_attn.analysis.geometry import Place, place, windows_of
+from vision_attn.analysis.geometry import Place, Windows, place, windows_of
 from vision_attn.analysis.layer import Attention
 from vision_attn.analysis.watch import Watch
 from vision_attn.kernels.problem import Problem
 
-_REORDERED = {"MaskUnitAttention"}  # layers whose tokens are in no order of rows (Hiera)
+# Layers whose keys lie between tokens, come from windows of their own, or whose tokens are in no order of rows.
+_NO_PLACE = {
+    "AggregatedAttention",
+    "MaskUnitAttention",
+    "QuadrangleAttention",
+    "SoftCausalAttention",
+    "VariedWindowAttention",
+}
 
 
 def record(
@@ -89,22 +96,23 @@ class Recording(Watch):
         batch, _, queries, keys = call.shape
         images = self.image[0] if self.image else batch
         modules = [(c.module, c.shape) for c in reversed(self.stack)]
-        windows = None
-        if batch % images == 0 and queries == keys:
-            grid = call.grid if isinstance(call, PatternCall) else ()
-            channels = 0 if isinstance(call, WeightsCall) else call.q.shape[1] * call.q.shape[3]
-            windows = windows_of(modules, batch // images, queries, grid, channels)
-        if windows is not None:
+        places, windows = [Place(0, None)] * 2, None
+        if type(here.module).__name__ in _NO_PLACE or any(getattr(m, "legacy_reshape", False) for m, _ in modules):
+            pass
+        elif batch % images == 0 and queries == keys and (windows := self._windows(call, modules, batch // images)):
             places = [Place(0, windows.grid)] * 2
         elif isinstance(call, PatternCall):
             grid = call.grid if len(call.grid) == 2 else None
             places = [Place(0, grid), Place(keys - call.k.shape[2], grid)]
-        elif batch == images and self.image and type(here.module).__name__ not in _REORDERED:
-            prefix = next((_prefix(m) for m, _ in modules if _prefix(m) is not None), None)
+        elif batch == images and self.image and not _padded(here.shape, queries):
+            prefix = next((count for m, _ in modules if (count := _prefix(m)) is not None), 0)
             places = [place(n, self.image[2:], prefix, self._grid) for n in (queries, keys)]
-        else:
-            places = [Place(0, None)] * 2
         self._found.append((here, Attention(here.name, number, call, *places, windows)))
+
+    def _windows(self, call: DenseCall | PatternCall | WeightsCall, modules: list, windows: int) -> Windows | None:
+        grid = call.grid if isinstance(call, PatternCall) else ()
+        channels = 0 if isinstance(call, WeightsCall) else call.q.shape[1] * call.q.shape[3]
+        return windows_of(modules, windows, call.shape[2], grid, channels)
 
     def saw_sdpa(self, q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         shown = None
@@ -177,9 +185,17 @@ def multihead_call(module: nn.MultiheadAttention, given: dict[str, Any]) -> Dens
     return DenseCall(q, k, q.shape[-1] ** -0.5, mask)
 
 
+def _padded(shape: tuple[int, ...] | None, queries: int) -> bool:
+    """Whether a layer gets a map of another size than it has queries, so that their places cannot be told."""
+    if shape is None or len(shape) != 4:
+        return False
+    return queries > 1 and queries not in (shape[1] * shape[2], shape[2] * shape[3])
+
+
 def _prefix(module: nn.Module) -> int | None:
     """Tokens before those of the image, where a model says so."""
     count = getattr(module, "num_prefix_tokens", None)
     if isinstance(count, int):
         return count
-    return 1 if isinstance(getattr(module, "class_embedding", None), torch.Tensor) else None
+    named = (getattr(module, name, None) for name in ("class_embedding", "cls_token"))
+    return 1 if any(isinstance(each, torch.Tensor) for each in named) else None
