@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_module_neighborhood import attention
 from timm.models import generate_default_cfgs
-from timm_contract import CHECKS, forward, parameters
+from timm_contract import CHECKS, parameters
 
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.medvit import KAN, MedViT, checkpoint_filter_fn
@@ -47,8 +47,15 @@ def test_contract_of_a_published_size(check):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
+@torch.no_grad()
 def test_forward_of_published_sizes(name):
-    forward(name)
+    """In float64: with random weights the norms of the KAN layers enlarge rounding errors some thousand times."""
+    model = timm.create_model(name).double().eval()
+    for size in ((96, 96), (96, 161)):
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        out = model(images)
+        assert out.shape == (2, 1000) and out.isfinite().all()
+        torch.testing.assert_close(model(images[1:]), out[1:])
 
 
 def test_kan():
