@@ -17,7 +17,7 @@ from vision_attn.apps.overlay import LARGEST, overlay, panel_size, ring, sheet  
 from vision_attn.images import model_input, read_image  # noqa: E402
 
 VIT = ["--model", "test_vit", "--untrained"]  # timm's own: 160 pixels, 10 x 10 tokens, 6 layers of 2 heads
-SWIN = ["--model", "swin_tiny_patch4_window7_224", "--untrained"]
+NAT = ["--model", "nat_shapes", "--untrained"]  # 48 pixels, maps of 12, 6 and 3, two layers each, windows of 5
 
 
 @pytest.fixture
@@ -61,16 +61,16 @@ def test_panels_and_numbers(picture, tmp_path, capsys):
     assert sheet_drawn.std() > 20 and sheet_drawn.shape[1] == 4 * (224 + 8) + 8  # 7 panels, 4 in a row
 
 
-@pytest.mark.parametrize("heads, panels", [("mean", 2), ("all", 3 + 24), ("1,-1", 4)])
+@pytest.mark.parametrize("heads, panels", [("mean", 2), ("all", 2 + 8), ("1,-1", 4)])
 def test_a_panel_per_layer_or_head(heads, panels, picture, tmp_path, capsys):
-    argv = ["attention", picture, *SWIN, "-o", str(tmp_path / "x.png"), "--layers", "1,-1", "--heads", heads]
+    argv = ["attention", picture, *NAT, "-o", str(tmp_path / "x.png"), "--layers", "1,-1", "--heads", heads]
     written = json.loads(run([*argv, "--query", "0.9,0", "--json"], capsys))
-    assert [layer["layer"] for layer in written["layers"]] == [1, 11] and len(written["maps"]) == panels
+    assert [layer["layer"] for layer in written["layers"]] == [1, 5] and len(written["maps"]) == panels
     first = written["maps"][0]
-    assert np.shape(first["values"]) == (56, 56) and first["query"] == [50, 0]
-    assert np.count_nonzero(first["values"]) <= 49  # one window
+    assert np.shape(first["values"]) == (12, 12) and first["query"] == [10, 0]
+    assert np.count_nonzero(first["values"]) == 25  # one window
     if heads == "1,-1":
-        assert [each["head"] for each in written["maps"]] == [1, 2, 1, 23]
+        assert [each["head"] for each in written["maps"]] == [1, 1, 1, 7]
 
 
 def test_methods_and_an_attached_pattern(picture, tmp_path, capsys):
@@ -108,8 +108,8 @@ USAGE = {
     "pattern too large": (["--attention", "window", "--size", "40,40"], 1, ["40"]),
     "model": (["--model", "test_vitt"], 1, ["no model 'test_vitt'", "test_vit"]),
     "no attention": (["--model", "resnet18"], 1, ["ran no softmax attention"]),
-    "no class token": (["--model", "nat_mini", "--query", "class"], 1, ["no class token", "'mean'"]),
-    "maps that shrink": (["--model", "nat_mini", "--method", "rollout"], 1, ["same tokens in every layer"]),
+    "no class token": (["--model", "nat_shapes", "--query", "class"], 1, ["no class token", "'mean'"]),
+    "maps that shrink": (["--model", "nat_shapes", "--method", "rollout"], 1, ["same tokens in every layer"]),
     "device": (["--device", "tpu"], 2, ["--device: got 'tpu'"]),
 }
 
