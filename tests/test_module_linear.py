@@ -8,9 +8,9 @@ pytest.importorskip("timm")
 
 from vision_attn.modules.linear import KINDS, LinearAttention2d, linear_attention
 from vision_attn.modules.linear.cores import Softmax
-from vision_attn.modules.linear.formulas import gla
 from vision_attn.modules.linear.layer import ROTARY, AttentionFrame
 from vision_attn.modules.linear.rotary import axial_turns, rotate
+from vision_attn.modules.linear.scan import gla
 
 GRIDS = [(5, 7), (1, 6), (4, 1), (1, 1)]
 
@@ -228,9 +228,26 @@ def test_zero_input_is_finite_with_gradients():
         assert out.isfinite().all() and all(x.grad is None or x.grad.isfinite().all() for x in (q, k, v)), kind
 
 
-def test_token_by_token_equals_chunks():
-    q, k, v, a, b = draw((7, 11), count=5)
-    torch.testing.assert_close(gla(q, k, v, -a.exp(), -b.exp()), gla(q, k, v, -a.exp(), -b.exp(), fused=False))
+@pytest.mark.parametrize("strength", [0.01, 1.9, 3.0, 200.0])
+@pytest.mark.parametrize("grid", [(7, 11), (3, 5)])
+def test_scan_in_chunks_equals_token_by_token(grid, strength):
+    """Mild gates take one path, strong ones another."""
+    q, k, v, a, b = draw(grid, count=5)
+    a, b = (-strength * t.sigmoid() for t in (a, b))
+    inputs = [t.requires_grad_() for t in (q, k, v, a.detach(), b.detach())]
+    out, slow = gla(*inputs), gla(*inputs, fused=False)
+    torch.testing.assert_close(out, slow)
+    torch.testing.assert_close(gla(*(t.float() for t in inputs)).double(), slow, rtol=1e-4, atol=1e-5)
+    for fast, plain in zip(
+        torch.autograd.grad(out.square().sum(), inputs), torch.autograd.grad(slow.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_scan_of_several_segments():
+    q, k, v, a, b = draw((35, 31), batch=1, heads=1, count=5)
+    a, b = -a.sigmoid() / 16, -b.sigmoid() / 16
+    torch.testing.assert_close(gla(q, k, v, a, b), gla(q, k, v, a, b, fused=False))
 
 
 # -- the layer --

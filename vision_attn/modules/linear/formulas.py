@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-from vision_attn.kernels.linear import gated_scan_both
 from vision_attn.modules.linear.rotary import rotate
+from vision_attn.modules.linear.scan import gla
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -168,36 +168,6 @@ def lightnet(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Sequential Modeling with LightNet."""
     weights = _wide(k).flatten(1, -3).softmax(1).view(k.shape)
     return (_mix(F.silu(_wide(q)), weights * _tokens(k), v)).to(v.dtype)
-
-
-@register_notrace_function
-def gla(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    log_decay_back: torch.Tensor,
-    fused: bool = True,
-) -> torch.Tensor:
-    """Mean of two scans that forget by gates, forwards and backwards; logarithms of the gates are shaped as k. With
-    `fused=False` token by token. Paper: ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention."""
-    if fused and not torch.jit.is_scripting():
-        return gated_scan_both(q, k, v, log_decay.to(q.dtype), log_decay_back.to(q.dtype))
-    shape, scale, dtype = v.shape, 0.5 * q.shape[-1] ** -0.5, v.dtype
-    q, k, v = _wide(q).flatten(1, -3) * scale, _wide(k).flatten(1, -3), _wide(v).flatten(1, -3)
-    ahead = _scan(q, k, v, _wide(log_decay).flatten(1, -3).exp())
-    back = _scan(q.flip(1), k.flip(1), v.flip(1), _wide(log_decay_back).flatten(1, -3).exp().flip(1)).flip(1)
-    return (ahead + back).view(shape).to(dtype)
-
-
-def _scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Token by token, `[batch, tokens, heads, dim]`."""
-    state = torch.zeros_like(k[:, 0]).unsqueeze(-1) * v[:, 0].unsqueeze(-2)
-    out = torch.empty_like(v)
-    for t in range(q.shape[1]):
-        state = gate[:, t].unsqueeze(-1) * state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        out[:, t] = (q[:, t].unsqueeze(-1) * state).sum(-2)
-    return out
 
 
 FORMULAS = {f.__name__: f for f in (elu, relu, mala, rala, inline, l2vit, flow, care, nala, lightnet, gla)}
