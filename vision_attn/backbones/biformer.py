@@ -78,6 +78,9 @@ class BiFormer(Backbone):
         form: of `BiLevelRoutingAttention`; "nchw" also takes the convolution of full attention from the values.
 
     From BiFormer: Vision Transformer with Bi-Level Routing Attention.
+
+    >>> BiFormer(depths=(1, 1, 1), dims=(32, 64, 64), topk=(1, 4, 0))(torch.randn(1, 3, 64, 96)).shape
+    torch.Size([1, 1000])
     """
 
     output_fmt = "NCHW"
