@@ -95,7 +95,7 @@ def test_a_window_equals_the_masked_model(model: Model, monkeypatch):
 def test_a_window_as_large_as_the_grid_is_the_model_itself(model: Model):
     net, images = model.build().double(), model.images().double()
     dense = model.run(net, images)
-    for pattern in (Dense(), Neighborhood(window=99)):
+    for pattern in (Dense(), Neighborhood(window=99), Neighborhood(window=99, stride=50)):
         with attach(net, pattern, strict=True):
             torch.testing.assert_close(model.run(net, images), dense, rtol=1e-9, atol=1e-9)
 
