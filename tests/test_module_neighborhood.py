@@ -111,18 +111,19 @@ def test_no_bias_no_parameter():
 
 
 @pytest.mark.parametrize(
-    "height, width, window, dilation, windows, dilations",
+    "height, width, window, dilation, stride, windows, dilations",
     [
-        (5, 13, 7, 1, (5, 7), (1, 1)),
-        (8, 20, 3, 4, (3, 3), (2, 4)),
-        (1, 4, 3, 2, (1, 3), (1, 1)),
-        (6, 6, 3, 2, (3, 3), (2, 2)),
+        (5, 13, 7, 1, 1, (5, 7), (1, 1)),
+        (8, 20, 3, 4, 1, (3, 3), (2, 4)),
+        (1, 4, 3, 2, 1, (1, 3), (1, 1)),
+        (6, 6, 3, 2, 1, (3, 3), (2, 2)),
+        (2, 9, 5, 1, 4, (2, 5), (1, 1)),  # the stride must not be larger than the window
     ],
 )
-def test_shrink(height, width, window, dilation, windows, dilations):
-    layer = NeighborhoodAttention(6, 3, window, dilation, small_map="shrink", dtype=torch.float64)
+def test_shrink(height, width, window, dilation, stride, windows, dilations):
+    layer = NeighborhoodAttention(6, 3, window, dilation, stride, small_map="shrink", dtype=torch.float64)
     x = torch.randn(2, height, width, 6, dtype=torch.float64)
-    want = layer.proj(attention(layer.qkv(x), layer.rpb, 3, windows, dilations))
+    want = layer.proj(attention(layer.qkv(x), layer.rpb, 3, windows, dilations, stride))
     for each in both(layer):
         torch.testing.assert_close(each(x), want, rtol=1e-10, atol=1e-12)
 
