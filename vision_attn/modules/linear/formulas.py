@@ -22,7 +22,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 def _positive(x: torch.Tensor) -> torch.Tensor:
     """elu(x) + 1, several times faster than F.elu on a CPU."""
     x = _wide(x)
-    return F.relu(x) + x.clamp(max=0.0).exp()
+    return torch.maximum(x + 1, x.clamp(max=0.0).exp())
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
@@ -34,20 +34,20 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y).sum(-1, keepdim=True)
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`q_i` times the mean of `k_j v_j^T`; q is flat, `[batch, heads, tokens, dim]`."""
+def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * q_i` times the mean of `k_j v_j^T`; q is flat, `[batch, heads, tokens, dim]`."""
     k, v = k.flatten(1, -3).transpose(1, 2), v.flatten(1, -3).transpose(1, 2)
-    return q @ (k.transpose(-1, -2) @ v / k.shape[2])
+    return q @ (k.transpose(-1, -2) @ v * (scale / k.shape[2]))
 
 
-def _mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`q_i` times the mean of `k_j v_j^T`, `[batch, *grid, heads, dim]`."""
+def _mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`scale * q_i` times the mean of `k_j v_j^T`, `[batch, *grid, heads, dim]`."""
     flat, v = q.flatten(1, -3).transpose(1, 2), _wide(v)
     if torch.jit.is_scripting():
-        out = _products(flat, k, v)
+        out = _products(flat, k, v, scale)
     else:
         with torch.autocast(q.device.type, enabled=False):
-            out = _products(flat, k, v)
+            out = _products(flat, k, v, scale)
     return out.transpose(1, 2).reshape(q.shape[:-1] + v.shape[-1:])
 
 
@@ -103,8 +103,8 @@ def nala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
     q, k = _wide(q), _wide(k)
     norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
     direction, cube = q / (norm + 1e-6), k * k * k
-    power = 3 * (0.5 + norm.tanh())
-    q = torch.cat([F.relu(direction), F.relu(-direction)], -1) ** power
+    raised = direction.abs() ** (3 * (0.5 + norm.tanh()))
+    q = torch.cat([raised * (direction > 0), raised * (direction < 0)], -1)
     k = torch.cat([F.relu(cube), F.relu(-cube)], -1)
     return _normalized(q, k, v, 1e-6, None if turns is None else torch.cat([turns, turns], -1))
 
@@ -117,7 +117,7 @@ def mala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
     z = _dot(q, _mean(k)) * scale
     if turns is not None:
         q, k = rotate(q, turns), rotate(k, turns)
-    return ((1 + 1 / (z + 1e-6)) * scale * _mix(q, k, v) - z * _mean(_wide(v))).to(v.dtype)
+    return ((1 + 1 / (z + 1e-6)) * _mix(q, k, v, scale) - z * _mean(_wide(v))).to(v.dtype)
 
 
 @register_notrace_function
@@ -133,7 +133,7 @@ def inline(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str = "id
         q, k = (0.2 * q).exp(), (0.2 * k).exp()
     elif feature != "identity":
         raise ValueError(f"feature '{feature}'; allowed: 'identity', 'relu', 'leaky_relu', 'exp'")
-    return (scale * _mix(q, k, v) + (1 - scale * _dot(q, _mean(k))) * _mean(_wide(v))).to(v.dtype)
+    return (_mix(q, k, v, scale) + (1 - scale * _dot(q, _mean(k))) * _mean(_wide(v))).to(v.dtype)
 
 
 @register_notrace_function
@@ -153,10 +153,13 @@ def flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Transformers with Conservation Flows."""
     q, k = _wide(q).sigmoid(), _wide(k).sigmoid()
     n, m = _tokens(q), _tokens(k)
-    incoming = 1 / (_dot(q + 1e-6, _mean(k) * m + 1e-6) + 1e-6)
-    outgoing = 1 / (_dot(k + 1e-6, _mean(q) * n + 1e-6) + 1e-6)
-    conserved_in = _dot(q + 1e-6, _mean(outgoing * k) * m + 1e-6) + 1e-6
-    conserved_out = (_dot(k + 1e-6, _mean(incoming * q) * n + 1e-6) + 1e-6).clamp(-1.0, 1.0)
+    # x + e in a product with y is the product with y, and e times the sum of y
+    total_q, total_k = _mean(q) * n + 1e-6, _mean(k) * m + 1e-6
+    incoming = 1 / (_dot(q, total_k) + 1e-6 * total_k.sum(-1, keepdim=True) + 1e-6)
+    outgoing = 1 / (_dot(k, total_q) + 1e-6 * total_q.sum(-1, keepdim=True) + 1e-6)
+    given, taken = _mean(outgoing * k) * m + 1e-6, _mean(incoming * q) * n + 1e-6
+    conserved_in = _dot(q, given) + 1e-6 * given.sum(-1, keepdim=True) + 1e-6
+    conserved_out = (_dot(k, taken) + 1e-6 * taken.sum(-1, keepdim=True) + 1e-6).clamp(-1.0, 1.0)
     compete = (conserved_out.flatten(1, -3).softmax(1) * m).view(conserved_out.shape)
     out = _mix(q, k, _wide(v) * compete)
     return ((conserved_in * (n / m)).sigmoid() * (incoming * m) * out).to(v.dtype)
@@ -167,7 +170,7 @@ def lightnet(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Features silu of q, and of k a softmax over the tokens. Paper: You Only Scan Once: Efficient Multi-dimension
     Sequential Modeling with LightNet."""
     weights = _wide(k).flatten(1, -3).softmax(1).view(k.shape)
-    return (_mix(F.silu(_wide(q)), weights * _tokens(k), v)).to(v.dtype)
+    return _mix(F.silu(_wide(q)), weights, v, float(_tokens(k))).to(v.dtype)
 
 
 FORMULAS = {f.__name__: f for f in (elu, relu, mala, rala, inline, l2vit, flow, care, nala, lightnet, gla)}
