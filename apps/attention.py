@@ -164,4 +164,12 @@ def _table(result: dict[str, Any]) -> list[str]:
             f"{layer['layer']:>3} {layer['name']:<28} {len(layer['entropy']):>5}  {mean['entropy']:>7.2f}  "
             f"{mean['share']:>10.0%}  {far}  {mean['off_grid']:>8.0%}"
         )
+    worth = [
+        (value, f"{layer['name']} head {head}")
+        for layer in result["layers"]
+        for head, value in enumerate(layer.get("importance", ()))
+    ]
+    if worth:
+        best = ", ".join(f"{name} {value:+.2%}" for value, name in sorted(worth, reverse=True)[:3])
+        lines.append(f"without it the probability of the class falls most: {best}")
     return lines

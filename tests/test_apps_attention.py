@@ -88,8 +88,10 @@ def test_methods_and_an_attached_pattern(picture, tmp_path, capsys):
 
 
 def test_text_and_progress(picture, tmp_path, capsys):
-    assert main(["attention", picture, *VIT, "-o", str(tmp_path / "x.png"), "--progress", "--layers", "0"]) == 0
+    argv = ["attention", picture, *VIT, "-o", str(tmp_path / "x.png"), "--progress", "--layers", "0", "--importance"]
+    assert main(argv) == 0
     out, err = capsys.readouterr()
+    assert "falls most: blocks.0.attn head" in out
     assert "blocks.0.attn" in out and "x.png, x.json, x.csv" in out and "layer" in err
 
 
