@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,7 @@ def load_classifier(model: str | Path = "nat_shapes", device: str | torch.device
     20
     """
     import timm
+    from safetensors import SafetensorError
 
     import vision_attn.backbones  # noqa: F401
 
@@ -48,11 +50,11 @@ def load_classifier(model: str | Path = "nat_shapes", device: str | torch.device
         raise ValueError(f"{folder} has no .safetensors file; other formats can run code when they are opened")
     name = f"local-dir:{folder}" if folder.is_dir() else str(model)
     if not folder.is_dir() and ":" not in name and not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise ValueError(f"no model {name!r}; timm has {', '.join(near) or 'other names: timm.list_models()'}")
+        near = get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"no model {name!r}; timm has {', '.join(near) or 'others: see timm.list_models()'}")
     try:
         return timm.create_model(name, pretrained=True).eval().to(device)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load {model}: {str(error).strip().splitlines()[0]}") from error
 
 

@@ -51,6 +51,7 @@ def load_clip(folder: str | Path = WEIGHTS, device: str = "cpu") -> Clip:
     torch.Size([])
     """
     import open_clip
+    from safetensors import SafetensorError
 
     import vision_attn.backbones  # noqa: F401  its tower
 
@@ -61,7 +62,7 @@ def load_clip(folder: str | Path = WEIGHTS, device: str = "cpu") -> Clip:
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, device=device)
         return Clip(model.eval(), transform, open_clip.get_tokenizer(name))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"cannot open {folder}: {str(error).splitlines()[0]}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,26 @@ def different_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
     return list(scenes.values())
 
 
+def two_different(rng: np.random.Generator) -> Scene:
+    """A still scene of two things of different colours and shapes."""
+    colors, shapes = rng.choice(list(COLORS), 2, replace=False), rng.choice(SHAPES, 2, replace=False)
+    wanted = [{"color": str(color), "shape": str(shape)} for color, shape in zip(colors, shapes, strict=True)]
+    return sample_scene(rng, wanted, frames=1)
+
+
+def exchanged(scene: Scene) -> Scene:
+    """The scene with the colours of its two things exchanged."""
+    one, other = scene.things
+    return replace(scene, things=(replace(one, color=other.color), replace(other, color=one.color)))
+
+
 def score_clip(clip, seed: int, rounds: int) -> dict[str, float]:
     """Retrieval among 50 captions, means over rounds with new scenes, and naming single things.
 
     Returns:
         `text`: recall@1 of the caption of a picture; `image`: of the picture of a caption; `label`: share of pictures
-        of one thing whose best text among the 20 labels is right.
+        of one thing whose best text among the 20 labels is right; `bound`: of pictures of two things that fit their
+        caption better than the one with both colours exchanged, 0.5 by chance.
     """
     from vision_attn.clip import similarity
 
@@ -69,11 +84,14 @@ def score_clip(clip, seed: int, rounds: int) -> dict[str, float]:
         single = [sample_scene(rng, 1, frames=1) for _ in range(CAPTIONS)]
         labels = torch.tensor([LABELS.index(f"{s.things[0].color} {s.things[0].shape}") for s in single])
         named = similarity(np.concatenate([render(s) for s in single]), [f"a {name}" for name in LABELS], clip)
+        pairs = [two_different(rng) for _ in range(CAPTIONS)]
+        texts = [caption(scene) for scene in pairs] + [caption(exchanged(scene)) for scene in pairs]
+        right, wrong = similarity(np.concatenate([render(s) for s in pairs]), texts, clip).chunk(2, 1)
         guesses = ((cosines.argmax(1), truth), (cosines.argmax(0), truth), (named.argmax(1), labels))
-        rows.append([(guess == true).double().mean().item() for guess, true in guesses])
-    return {
-        key: round(float(value), 4) for key, value in zip(("text", "image", "label"), np.mean(rows, 0), strict=True)
-    }
+        shares = [(guess == true).double().mean().item() for guess, true in guesses]
+        rows.append([*shares, (right.diag() > wrong.diag()).double().mean().item()])
+    names = ("text", "image", "label", "bound")
+    return {name: round(float(value), 4) for name, value in zip(names, np.mean(rows, 0), strict=True)}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -123,7 +141,10 @@ model, transform, tokenizer = load_clip()
 ```"""
 _RECALL = """Among {captions} captions of scenes it has not seen, no two with the same things, mean of {rounds} draws:
 recall@1 of the caption for a picture {text:.3f}, of the picture for a caption {image:.3f}. Pictures of one thing and
-the 20 texts `a red circle`, `a red square`, ...: {label:.3f} right."""
+the 20 texts `a red circle`, `a red square`, ...: {label:.3f} right.
+
+It sees which words fit, and hardly which colour belongs to which shape: of pictures of two things, {bound:.3f} fit their
+caption better than the one with both colours exchanged (0.5 by chance)."""
 
 
 def card(folder: Path) -> str:
