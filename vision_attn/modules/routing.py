@@ -13,7 +13,9 @@ from vision_attn.kernels.patterns import BlockList, Dense
 __all__ = ["BiLevelRoutingAttention", "routed_attention"]
 
 FORMS = ("legacy", "nchw")
-SMALL = 256  # tokens up to which one masked call is faster than lists of tiny blocks (measured on a CPU, 14 x 14 maps)
+# Tokens up to which one masked call stands in for lists of tiny blocks: on 14 x 14 maps of one image it takes half the
+# time on a CPU, and with topk 4 and 16 images a sixth more.
+SMALL = 256
 
 
 class BiLevelRoutingAttention(nn.Module):
