@@ -143,8 +143,8 @@ _RECALL = """Among {captions} captions of scenes it has not seen, no two with th
 recall@1 of the caption for a picture {text:.3f}, of the picture for a caption {image:.3f}. Pictures of one thing and
 the 20 texts `a red circle`, `a red square`, ...: {label:.3f} right.
 
-It sees which words fit, and hardly which colour belongs to which shape: of pictures of two things, {bound:.3f} fit their
-caption better than the one with both colours exchanged (0.5 by chance)."""
+It sees which words fit, and only partly which colour belongs to which shape: of pictures of two things, {bound:.3f}
+fit their caption better than the one with both colours exchanged (0.5 by chance)."""
 
 
 def card(folder: Path) -> str:
