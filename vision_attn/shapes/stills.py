@@ -36,7 +36,7 @@ def sample_still(rng: np.random.Generator, *, height: int = 48, width: int = 48)
     Example:
         >>> scene = sample_still(np.random.default_rng(0))
         >>> LABELS[label_of(scene)]
-        'white square'
+        'yellow cross'
     """
     main = {"shape": str(rng.choice(SHAPES)), "color": str(rng.choice(list(COLORS)))}
     others = int(rng.integers(3))
