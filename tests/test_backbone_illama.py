@@ -97,6 +97,8 @@ def test_published_weights_give_the_published_output(soft_mask):
     torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-6)  # rotary angles are float32
     again = checkpoint_filter_fn(model.state_dict(), model)  # our own names pass
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+    bare = ILLaMA(**TINY, img_size=64, num_classes=0)
+    bare.load_state_dict(checkpoint_filter_fn(p.weights, bare))
     other = ILLaMA(**TINY, img_size=96)  # the table is resampled, the class token's row is not
     table = checkpoint_filter_fn(p.weights, other)["pos_embed"]
     assert table.shape == (1, 37, 24) and torch.equal(table[:, 0], p.weights["pos_embed"][:, -1])

@@ -149,6 +149,8 @@ def test_published_weights_give_the_published_output(name, family, released, siz
     torch.testing.assert_close(model(image), expected)
     again = checkpoint_filter_fn(model.state_dict(), model)  # our own names pass
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+    bare = timm.create_model(name, img_size=64, num_classes=0)
+    bare.load_state_dict(checkpoint_filter_fn(p.weights, bare))
     some = dict(p.weights)
     del some[next(key for key in some if "complex_weight" in key)]
     with pytest.raises(ValueError, match="SpectFormer weights"):

@@ -13,7 +13,7 @@ from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import renamed, unwrapped
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
 from vision_attn.modules.linear.formulas import care
@@ -235,7 +235,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     Raises:
         ValueError: weights of another family or size, or with parameters missing.
     """
-    state_dict = state_dict.get("model", state_dict.get("state_dict", state_dict))
+    state_dict = unwrapped(state_dict)
     if not model.num_classes:
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith("dist_head.fc.")}
     return renamed(state_dict, model, lambda key: key, "CARE")

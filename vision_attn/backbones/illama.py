@@ -5,7 +5,6 @@ Paper: Adapting LLaMA Decoder to Vision Transformer.
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import renamed, unwrapped
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.skeleton import cfg
 from vision_attn.modules.softmax import check_heads, split_heads
@@ -201,15 +200,14 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     Raises:
         ValueError: weights of another family or size, or with parameters missing.
     """
-    published = []
-
-    def rename(key: str) -> str:
-        published.extend(re.findall(r"\.mlp\.fc3\.", key))
+    state_dict = unwrapped(state_dict)
+    published = any(".mlp.fc3." in key for key in state_dict)
+    if published:  # most names are the same, so `renamed` would take them for ours
         for old, new in (("fc1", "gate"), ("fc2", "down"), ("fc3", "up")):
-            key = key.replace(f".mlp.{old}.", f".mlp.{new}.")
-        return key
-
-    weights = renamed(state_dict, model, rename, "iLLaMA")
+            state_dict = {key.replace(f".mlp.{old}.", f".mlp.{new}."): value for key, value in state_dict.items()}
+    if not model.num_classes:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("head.")}
+    weights = renamed(state_dict, model, str, "iLLaMA")
     if published:
         table = weights["pos_embed"].roll(1, 1)
         if table.shape != model.pos_embed.shape:

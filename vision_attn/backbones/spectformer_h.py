@@ -204,7 +204,9 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         ValueError: weights of another family or size, or with parameters missing.
     """
 
-    def rename(key: str) -> str:
+    def rename(key: str) -> str | None:
+        if key.startswith("aux_head.") and not model.num_classes:
+            return None
         for pattern, name in _RENAMED:
             key = re.sub(pattern, name, key)
         key = re.sub(r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.", key)
