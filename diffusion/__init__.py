@@ -5,7 +5,6 @@ from importlib import import_module
 # Public name -> the module of this folder that defines it.
 _PUBLIC = {
     "attach": "attachment",
-    "AttachError": "report",
     "FAMILIES": "families",
 }
 

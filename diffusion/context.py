@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vision_attn.diffusion.families import Family, Grid
-from vision_attn.diffusion.joint import fit
-from vision_attn.diffusion.report import AttachError
 from vision_attn.diffusion.schedule import Schedule, Steps
+from vision_attn.hosts import AttachError
+from vision_attn.joint import fit
 from vision_attn.kernels.patterns import Dense, Pattern
 
 

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from vision_attn.diffusion.context import Context
 from vision_attn.diffusion.families import Grid
-from vision_attn.diffusion.joint import gathered_order, joint_attention
-from vision_attn.diffusion.report import AttachError
 from vision_attn.diffusion.schedule import Announcements
+from vision_attn.diffusion.ulysses import gathered_order
+from vision_attn.hosts import AttachError
+from vision_attn.joint import joint_attention
 
 
 class RootHook(ModelHook):

@@ -7,10 +7,6 @@ import json
 from typing import Any
 
 
-class AttachError(ValueError):
-    """An attached model was called in a way that the attachment cannot serve; the message says what to do."""
-
-
 @dataclasses.dataclass
 class DenoiserReport:
     """One denoiser of the pipeline.

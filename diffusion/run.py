@@ -15,9 +15,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from vision_attn.diffusion.context import Context
 from vision_attn.diffusion.families import Family
 from vision_attn.diffusion.hooks import AttentionHook, RootHook
-from vision_attn.diffusion.joint import fit
 from vision_attn.diffusion.report import DenoiserReport, Report
 from vision_attn.diffusion.schedule import Schedule, Steps
+from vision_attn.joint import fit
 
 ROOT_HOOK, ATTENTION_HOOK = "vision_attn_root", "vision_attn_attention"
 UNSET = (0, (), None, False, "both", "none")  # option values that change nothing, left out of reports

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.hooks.hooks import StateManager
 
-from vision_attn.diffusion.report import AttachError
+from vision_attn.hosts import AttachError
 
 CALLS = ("both", "cond", "uncond")
 

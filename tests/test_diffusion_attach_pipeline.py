@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel  # noqa: E402
 
 from vision_attn import BlockList, Dense, Neighborhood, Radial, SlidingTile, Window, attach  # noqa: E402
-from vision_attn.diffusion import AttachError  # noqa: E402
-from vision_attn.diffusion.joint import fit, gathered_order, joint_attention  # noqa: E402
+from vision_attn.diffusion.ulysses import gathered_order  # noqa: E402
+from vision_attn.hosts import AttachError  # noqa: E402
+from vision_attn.joint import fit, joint_attention  # noqa: E402
 
 LOCAL = Neighborhood(window=(2, 3, 3))
 WAN = MODELS["WanTransformer3DModel"]

@@ -16,9 +16,9 @@ timm = pytest.importorskip("timm")
 from vision_towers import SEQUENCES, SWINS, TINY, Model, clip  # noqa: E402
 
 from vision_attn import Neighborhood, attach  # noqa: E402
-from vision_attn.interception import AttachError  # noqa: E402
-from vision_attn.merge_maps import alternate, frame_roles, grid_roles, towards  # noqa: E402
+from vision_attn.hosts import AttachError  # noqa: E402
 from vision_attn.merging import TokenMerge  # noqa: E402
+from vision_attn.retrofit.merge_maps import alternate, frame_roles, grid_roles, towards  # noqa: E402
 
 TOWERS = {model.name: model for model in SEQUENCES}
 TOME = [

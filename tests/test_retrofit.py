@@ -26,7 +26,7 @@ from vision_attn import (  # noqa: E402
     Window,
     attach,
 )
-from vision_attn.interception import AttachError  # noqa: E402
+from vision_attn.hosts import AttachError  # noqa: E402
 
 EVERY = pytest.mark.parametrize("model", TOWERS, ids=repr)
 SEQUENCE = pytest.mark.parametrize("model", SEQUENCES, ids=repr)

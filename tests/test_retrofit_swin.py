@@ -10,7 +10,7 @@ timm = pytest.importorskip("timm")
 from vision_towers import SWINS, Model  # noqa: E402
 
 from vision_attn import Circle, Dense, Neighborhood, PerHead, Window, attach  # noqa: E402
-from vision_attn.interception import AttachError  # noqa: E402
+from vision_attn.hosts import AttachError  # noqa: E402
 
 EVERY = pytest.mark.parametrize("model", SWINS, ids=repr)
 
@@ -83,7 +83,7 @@ def test_a_moving_window_with_the_learned_positions(model: Model, window):
 
 def test_continuous_positions_reach_beyond_the_window():
     """Version 2 computes positions for any distance; within its window they are those of the model."""
-    from vision_attn.swin import relative_bias
+    from vision_attn.retrofit.swin import relative_bias
 
     for trained in (0, 3):
         net = Model(

@@ -33,6 +33,8 @@ _PUBLIC = {
     "SlidingTile": "kernels.patterns",
     "Streaming": "kernels.patterns",
     "Window": "kernels.patterns",
+    "TokenMerge": "merging",
+    "AttachError": "hosts",
     "attach": "hosts",
 }
 

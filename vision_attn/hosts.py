@@ -14,6 +14,10 @@ HOSTS = {
 }
 
 
+class AttachError(ValueError):
+    """An attached model was called in a way that the attachment cannot serve; the message says what to do."""
+
+
 def attach(target: Any, pattern: Any, **options: Any) -> Any:
     """Put a pattern into a model, until detached.
 

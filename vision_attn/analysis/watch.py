@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.interception import state_of
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.problem import Problem
+from vision_attn.retrofit.interception import state_of
 
 _SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax}
 _NOT_OVER_TOKENS = ("channel", "covariance", "xca", "selective", "splitattn")  # in class names, lower case

@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from vision_attn.interception import is_attention, own_class
+from vision_attn.retrofit.interception import is_attention, own_class
 
 Layers = "list[tuple[int, str, nn.Module]]"
 

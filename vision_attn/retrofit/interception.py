@@ -20,10 +20,6 @@ from torch.overrides import TorchFunctionMode
 KEY = "_vision_attn"  # where an attached module keeps its state
 
 
-class AttachError(ValueError):
-    """An attached model was called in a way that the attachment cannot serve; the message says what to do."""
-
-
 def put_on(module: nn.Module, behaviour: type, state: Any) -> None:
     """Put `behaviour` in front of the class of `module`; `state` is what it reads as `self._vision_attn`."""
     if KEY in vars(module):

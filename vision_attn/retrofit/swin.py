@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision_attn.interception import AttachError
+from vision_attn.hosts import AttachError
 from vision_attn.joint import fit
 from vision_attn.kernels.attend import attend
 from vision_attn.kernels.patterns import Pattern

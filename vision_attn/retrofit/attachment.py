@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision_attn import swin
-from vision_attn.families import Place, find, is_swin
-from vision_attn.interception import AttachError, behaviour_of
+from vision_attn.hosts import AttachError
 from vision_attn.joint import fit, joint_attention
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.patterns import Dense, Pattern, PerHead, Radial
 from vision_attn.kernels.patterns.base import check_grid
-from vision_attn.merged import MergedTower
 from vision_attn.merging import TokenMerge
-from vision_attn.run import Layer, Run, Tower, plain
+from vision_attn.retrofit import swin
+from vision_attn.retrofit.families import Place, find, is_swin
+from vision_attn.retrofit.interception import behaviour_of
+from vision_attn.retrofit.merged import MergedTower
+from vision_attn.retrofit.run import Layer, Run, Tower, plain
 
 
 def attach(

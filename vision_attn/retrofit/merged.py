@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision_attn.families import Place, is_swin
-from vision_attn.interception import AttachError, behaviour_of, own_class
-from vision_attn.merge_maps import Merge, Roles, alternate, frame_roles, grid_roles, towards
-from vision_attn.merged_modules import (
+from vision_attn.hosts import AttachError
+from vision_attn.merging import TokenMerge
+from vision_attn.retrofit.families import Place, is_swin
+from vision_attn.retrofit.interception import behaviour_of, own_class
+from vision_attn.retrofit.merge_maps import Merge, Roles, alternate, frame_roles, grid_roles, towards
+from vision_attn.retrofit.merged_modules import (
     BLOCKS,
     Around,
     Inside,
@@ -23,8 +25,7 @@ from vision_attn.merged_modules import (
     RestoredAfter,
     Root,
 )
-from vision_attn.merging import TokenMerge
-from vision_attn.run import Layer, Tower
+from vision_attn.retrofit.run import Layer, Tower
 
 
 class MergedTower(Tower):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_attn.interception import AttachError, MultiheadAttention, SelfAttention
+from vision_attn.hosts import AttachError
+from vision_attn.retrofit.interception import MultiheadAttention, SelfAttention
 
 
 class MergingBlock:

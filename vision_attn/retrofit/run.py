@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_attn.families import Place
-from vision_attn.interception import AttachError, own_class, put_on, state_of, take_off
-from vision_attn.report import Report, TowerReport
+from vision_attn.hosts import AttachError
+from vision_attn.retrofit.families import Place
+from vision_attn.retrofit.interception import own_class, put_on, state_of, take_off
+from vision_attn.retrofit.report import Report, TowerReport
 
 
 class Layer:
