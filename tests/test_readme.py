@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "vision_attn" / "README.md")
 CANNOT_RUN_HERE = {
     "# needs a GPU and a download": "needs a GPU and a download",
     "# builds .venv and installs": "installs into .venv; this suite is what it would run",
 }
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.S)
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)]
 
 
 def backends_table() -> str:
@@ -38,19 +39,36 @@ def bench_table() -> str:
     return bench_table()
 
 
-TABLES = {"backends": backends_table, "bench": bench_table, "families": families_table}
+def vision_table() -> str:
+    from vision_attn.bench import bench_table
+
+    return bench_table()
 
 
-def with_tables(text: str) -> str:
-    for name, table in TABLES.items():
+def backbones_table() -> str:
+    from vision_attn.backbones import backbones_table
+
+    return backbones_table()
+
+
+TABLES = {
+    PAGES[0]: {"backends": backends_table, "bench": bench_table, "families": families_table},
+    PAGES[1]: {"vision": vision_table, "backbones": backbones_table},
+}
+
+
+def with_tables(page: Path) -> str:
+    text = page.read_text()
+    for name, table in TABLES[page].items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.S)
-        assert found == 1, f"README.md has {found} tables named {name}"
+        assert found == 1, f"{page.name} has {found} tables named {name}"
     return text
 
 
-def test_tables_are_what_the_code_says():
-    assert README.read_text() == with_tables(README.read_text()), "run python tests/test_readme.py"
+@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn"])
+def test_tables_are_what_the_code_says(page):
+    assert page.read_text() == with_tables(page), "run python tests/test_readme.py"
 
 
 @pytest.mark.parametrize("language, code", BLOCKS, ids=[f"{i}-{lang}" for i, (lang, _) in enumerate(BLOCKS)])
@@ -64,9 +82,10 @@ def test_block_runs(language, code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_every_skipped_block_says_why():
@@ -74,4 +93,5 @@ def test_every_skipped_block_says_why():
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page))

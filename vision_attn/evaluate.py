@@ -164,7 +164,7 @@ def card(folder: Path) -> str:
 
 {says}
 
-Trained from scratch on the procedural shapes world of this package; no outside data or weights. Stored as float16.
+Trained on the procedural shapes world of this package; no outside data or weights. Stored as float16.
 
 ```
 python -m vision_attn.train {done["command"]}

@@ -45,7 +45,8 @@ def run(problem: Problem, q, k, v, scale, extra_kv=None, extra_mask=None, bias=N
     query, key, value = (t.flatten(1, -3).transpose(1, 2).to(dtype) for t in (q, k, v))
     mask = _mask(problem.pattern, problem.grid, dtype)
     if bias is not None:
-        mask = mask + bias.flatten(1)[:, _entries(problem.pattern, problem.grid, tuple(bias.shape[1:]))]
+        entries = _entries(problem.pattern, problem.grid, tuple(bias.shape[1:]))
+        mask = mask + bias.flatten(1)[None, :, entries]  # of four dimensions: with three SDPA takes a slow path
     # 0 times NaN is NaN: a token that is not finite is taken out, and the queries that see it get NaN
     bad = None
     if not bool((key.sum() + value.sum()).isfinite()):
