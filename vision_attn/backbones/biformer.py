@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.routing import BiLevelRoutingAttention
 
 __all__ = ["BiFormer", "checkpoint_filter_fn"]
@@ -124,7 +124,7 @@ class BiFormer(Backbone):
         reductions = [4 * 2**i for i in range(len(dims))]
         norm = nn.BatchNorm2d(dims[-1])
         super().__init__(stem, stages, dims, reductions, norm, num_classes, global_pool, drop_rate)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def set_regions(self, regions: int) -> None:
@@ -138,13 +138,6 @@ class BiFormer(Backbone):
 
 def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMES = (

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed, unwrapped
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear_and_conv
 from vision_attn.modules.linear.formulas import care
 
 __all__ = ["CARE", "checkpoint_filter_fn"]
@@ -204,7 +204,7 @@ class CARE(Backbone):
         )
         self.dist_head = Head(features, num_classes, global_pool, drop_rate)
         self.distilled_training = False
-        self.apply(_init_weights)
+        self.apply(init_linear_and_conv)
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -221,12 +221,6 @@ class CARE(Backbone):
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return out, distilled
         return (out + distilled) / 2
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:

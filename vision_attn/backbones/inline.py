@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +18,7 @@ from torch import nn
 from vision_attn.backbones.checkpoints import renamed, unwrapped
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.nat import Block, MergeDownsample, Patches
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.linear import LinearAttention2d
 from vision_attn.modules.linear.cores import local_taps, tap_predictor
 from vision_attn.modules.linear.formulas import inline
@@ -85,14 +85,7 @@ class LinearSwin(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 def rename_swin(key: str) -> str | None:

@@ -15,7 +15,6 @@ from timm.layers import (
     make_divisible,
     register_notrace_function,
     register_notrace_module,
-    trunc_normal_,
     use_fused_attn,
 )
 from timm.models import generate_default_cfgs
@@ -23,7 +22,7 @@ from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear_and_conv
 from vision_attn.modules.neighborhood import NeighborhoodAttention
 
 __all__ = ["MedViT", "checkpoint_filter_fn"]
@@ -291,14 +290,7 @@ class MedViT(Backbone):
             stages.append(Stage(nn.Identity(), blocks))
         norm = nn.BatchNorm2d(dims[-1])
         super().__init__(nn.Sequential(*stem), stages, dims, (4, 8, 16, 32), norm, num_classes, global_pool, drop_rate)
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear_and_conv)
 
 
 _BLOCK = (

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, register_notrace_function, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, register_notrace_function
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.neighborhood import NeighborhoodAttention
 
 __all__ = ["NAT", "checkpoint_filter_fn"]
@@ -165,14 +165,7 @@ class NAT(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:

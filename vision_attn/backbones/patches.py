@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
-__all__ = ["ConvTokens", "init_conv", "init_linear"]
+__all__ = ["ConvTokens", "init_conv"]
 
 
 class ConvTokens(nn.Module):
@@ -44,14 +43,6 @@ class ConvTokens(nn.Module):
         if not self.image:
             x = self.prenorm(x).permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights and no bias for a linear layer; for `Module.apply`."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def init_conv(module: nn.Module) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerScale, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerScale
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear_and_conv
 from vision_attn.modules.linear import LinearAttention2d
 from vision_attn.modules.linear.cores import Softmax
 from vision_attn.modules.linear.layer import AttentionFrame, MapConv
@@ -160,13 +160,7 @@ class RAVLT(Backbone):
             ),
         )
         self.num_features = projection
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        self.apply(init_linear_and_conv)
 
 
 _RENAMES = (

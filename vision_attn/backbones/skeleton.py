@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
-__all__ = ["Backbone", "Stage", "cfg", "create", "drop_path_rates"]
+__all__ = ["Backbone", "Stage", "cfg", "create", "drop_path_rates", "init_linear", "init_linear_and_conv"]
 
 
 def cfg(**changes: Any) -> dict:
@@ -49,6 +49,19 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth from 0 at the first block of the network to `rate` at the last, one list per stage."""
     rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def init_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
+    """Truncated normal weights, std 0.02, and no bias for a linear layer; for `Module.apply`."""
+    if isinstance(module, kinds):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_linear_and_conv(module: nn.Module) -> None:
+    """`init_linear` for convolutions too."""
+    init_linear(module, (nn.Linear, nn.Conv2d))
 
 
 class Stage(nn.Module):

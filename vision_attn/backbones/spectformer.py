@@ -14,9 +14,9 @@ from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.patches import ConvTokens, init_linear
+from vision_attn.backbones.patches import ConvTokens
 from vision_attn.backbones.position import PositionTable, read_table
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.spectral import SpectralGating
 
 __all__ = ["SpectFormer", "checkpoint_filter_fn"]

@@ -16,8 +16,8 @@ from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
-from vision_attn.backbones.patches import ConvTokens, init_conv, init_linear
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.patches import ConvTokens, init_conv
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.softmax import check_heads, softmax_attention
 from vision_attn.modules.spectral import SpectralGating
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from vision_attn.backbones.checkpoints import renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.nat import MergeDownsample, Patches
-from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates
+from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.quadrangle import QuadrangleAttention
 from vision_attn.modules.varied_window import VariedWindowAttention
 
@@ -92,16 +92,10 @@ class SwinVSA(Backbone):
         norm = nn.LayerNorm(widths[-1])
         stem = Patches(in_chans, dim, 4)
         super().__init__(stem, stages, widths, reductions, norm, num_classes, global_pool, drop_rate)
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, VariedWindowAttention):  # after its parts, which come first
-        module.reset_transform()
+        self.apply(init_linear)
+        for module in self.modules():
+            if isinstance(module, VariedWindowAttention):
+                module.reset_transform()
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
