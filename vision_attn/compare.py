@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_attn.batches import classified
+from vision_attn.bench import Dense
 from vision_attn.evaluate import shares_right
 from vision_attn.fit import fit
 from vision_attn.shapes.stills import LABELS
@@ -25,19 +26,6 @@ LINEAR = ("elu", "relu", "mala", "rala", "inline", "flow")  # of twelve: every k
 STEPS, BATCH, LR, PICTURES, FRESH = 800, 16, 3e-3, 4096, 1000
 DIM, HEADS, DEPTH = 32, 2, 2
 COLUMNS = ("attention", "seed", "parameters", "steps", "shape", "color", "both", "milliseconds")
-
-
-class Dense(nn.Module):
-    """timm's attention on a map `[batch, height, width, dim]`."""
-
-    def __init__(self, dim: int, num_heads: int):
-        from timm.layers import Attention
-
-        super().__init__()
-        self.tokens = Attention(dim, num_heads, qkv_bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tokens(x.flatten(1, 2)).view(x.shape)
 
 
 def kinds() -> dict[str, Callable[[int, int], nn.Module]]:

@@ -11,7 +11,7 @@ from timm.layers import DropPath, Mlp, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import by_rules, renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
 from vision_attn.modules.routing import BiLevelRoutingAttention
@@ -158,13 +158,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     Raises:
         ValueError: weights of another family or size, or with parameters missing.
     """
-
-    def rename(key: str) -> str:
-        for old, new in _RENAMES:
-            key = re.sub(old, new, key)
-        return key
-
-    state_dict = renamed(state_dict, model, rename, "BiFormer")
+    state_dict = renamed(state_dict, model, lambda key: by_rules(key, _RENAMES), "BiFormer")
     linear = re.compile(r"\.(qkv|proj|fc1|fc2)\.weight$")
     return {
         key: value.flatten(1) if key.startswith("stages.") and linear.search(key) else value

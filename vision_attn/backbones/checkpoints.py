@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-__all__ = ["renamed", "unwrapped"]
+__all__ = ["by_rules", "renamed", "unwrapped"]
 
 
 def unwrapped(state_dict: Mapping) -> Mapping:
@@ -16,6 +17,17 @@ def unwrapped(state_dict: Mapping) -> Mapping:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     return state_dict
+
+
+def by_rules(key: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
+    """A name after all substitutions `(regular expression, replacement)`, in their order.
+
+    >>> by_rules("layers.0.norm", [(r"^layers", "stages"), (r"norm$", "norm1")])
+    'stages.0.norm1'
+    """
+    for old, new in rules:
+        key = re.sub(old, new, key)
+    return key
 
 
 def renamed(

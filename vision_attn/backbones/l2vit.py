@@ -5,7 +5,6 @@ Paper: The Linear Attention Resurrection in Vision Transformer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import by_rules, renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.nat import pad_to_even
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear_and_conv
@@ -171,13 +170,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     Raises:
         ValueError: weights of another family or size, or with parameters missing.
     """
-
-    def rename(key: str) -> str:
-        for old, new in _RENAMES:
-            key = re.sub(old, new, key)
-        return key
-
-    weights = renamed(state_dict, model, rename, "L2ViT")
+    weights = renamed(state_dict, model, lambda key: by_rules(key, _RENAMES), "L2ViT")
     return {key: value.flatten() if key.endswith("temperature") else value for key, value in weights.items()}
 
 

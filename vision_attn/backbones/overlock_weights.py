@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed, unwrapped
+from vision_attn.backbones.checkpoints import by_rules, renamed, unwrapped
 from vision_attn.modules.large_kernel import LargeKernel
 
 __all__ = ["checkpoint_filter_fn"]
@@ -63,11 +61,8 @@ _CONTEXT_BLOCK = (
 
 def _rename(key: str) -> str:
     """A published name under ours."""
-    for old, new in _CONTEXT_BLOCK if key.startswith("sub_blocks") else _BLOCK if key[:6] == "blocks" else ():
-        key = re.sub(old, new, key)
-    for old, new in (*_ANY_BLOCK, *_STAGES):
-        key = re.sub(old, new, key)
-    return key
+    own = _CONTEXT_BLOCK if key.startswith("sub_blocks") else _BLOCK if key[:6] == "blocks" else ()
+    return by_rules(key, (*own, *_ANY_BLOCK, *_STAGES))
 
 
 def _merged(weights: dict) -> dict:

@@ -5,7 +5,6 @@ Papers: Breaking the Low-Rank Dilemma of Linear Attention; Rectifying Magnitude 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from timm.layers import ClassifierHead, DropPath, LayerScale
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import by_rules, renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear_and_conv
 from vision_attn.modules.linear import LinearAttention2d
@@ -191,9 +190,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     def rename(key: str) -> str | None:
         if key.endswith("RoPE.angle"):
             return None
-        for old, new in _RENAMES:
-            key = re.sub(old, new, key)
-        return key
+        return by_rules(key, _RENAMES)
 
     own = model.state_dict()
     weights = renamed(state_dict, model, rename, "RAVLT, MALA or NaLaFormer")

@@ -14,7 +14,7 @@ from timm.layers import DropPath, Mlp, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import by_rules, renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.patches import ConvTokens, init_conv
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
@@ -207,8 +207,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     def rename(key: str) -> str | None:
         if key.startswith("aux_head.") and not model.num_classes:
             return None
-        for pattern, name in _RENAMED:
-            key = re.sub(pattern, name, key)
+        key = by_rules(key, _RENAMED)
         key = re.sub(r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.", key)
         return re.sub(r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
 

@@ -14,7 +14,7 @@ from timm.layers import DropPath, GluMlp, LayerNorm2d, RmsNorm, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.checkpoints import renamed
+from vision_attn.backbones.checkpoints import by_rules, renamed
 from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.patches import ConvTokens
 from vision_attn.backbones.position import PositionTable, read_table
@@ -197,9 +197,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         down = re.match(r"layers\.(\d)\.downsample\.([13])\.(.*)", key)
         if down:
             return f"stages.{int(down[1]) + 1}.downsample.{'proj' if down[2] == '1' else 'norm'}.{down[3]}"
-        for pattern, name in _RENAMED:
-            key = re.sub(pattern, name, key)
-        return key
+        return by_rules(key, _RENAMED)
 
     weights = renamed(state_dict, model, rename, "ViG")
     return read_table(weights, "stem.6.table", model) if isotropic else weights
