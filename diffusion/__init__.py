@@ -5,6 +5,8 @@ from importlib import import_module
 # Public name -> the module of this folder that defines it.
 _PUBLIC = {
     "attach": "attachment",
+    "Method": "method",
+    "Preset": "method",
     "FAMILIES": "families",
 }
 

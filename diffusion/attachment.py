@@ -1,7 +1,8 @@
-"""attach() for diffusers: put a pattern into the self-attention of a pipeline, and take it out without a trace."""
+"""attach() for diffusers: put a pattern or a method into a pipeline, and take it out without a trace."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
-from vision_attn.diffusion.families import family_of
-from vision_attn.diffusion.run import ROOT_HOOK, Plan, Run
+from vision_attn.diffusion.families import Family, family_of
+from vision_attn.diffusion.installed import Installed
+from vision_attn.diffusion.method import Method
+from vision_attn.diffusion.run import Plan, Run
 from vision_attn.diffusion.schedule import Schedule
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.patterns import Pattern, Radial
@@ -20,7 +23,7 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 def attach(
     target: Any,
-    pattern: Pattern,
+    pattern: Pattern | tuple[Pattern, ...] | Method,
     *,
     dense_steps: int = 0,
     dense_layers: int | Iterable[int] = 0,
@@ -32,7 +35,7 @@ def attach(
     backend: str | None = None,
     strict: bool = False,
     replace: bool = False,
-) -> Run:
+) -> Installed:
     """Make the self-attention of a diffusers pipeline or denoiser follow `pattern`, until detached.
 
     Image tokens follow the pattern among themselves. Text tokens see everything and are seen by everything, except
@@ -41,7 +44,8 @@ def attach(
     Args:
         target: a diffusers pipeline (both denoisers of one that has two), or a denoiser such as `pipe.transformer`.
         pattern: who sees whom on the token grid, `(t, h, w)` for video and `(h, w)` for images. One int for all axes is
-            cut down on an axis that is shorter; a tuple must fit.
+            cut down on an axis that is shorter; a tuple must fit. A tuple of patterns is one per layer. A method, such
+            as `FreeSwim()` or a `Preset`, is attached in its own way, and takes the options that it names.
         dense_steps: the first denoising steps that stay dense, counted on the scheduler's whole schedule.
         dense_layers: the first layers that stay dense, or the numbers of those layers, from 0. Layers are transformer
             blocks in order of execution, double-stream before single-stream; in a U-Net every self-attention is a
@@ -61,7 +65,8 @@ def attach(
 
     Raises:
         TypeError: the target or the pattern is of the wrong kind.
-        ValueError: the class cannot be attached to, no module matched, or an option is out of range.
+        ValueError: the class cannot be attached to, no module matched, an option is out of range, or what is attached
+            already is in the way.
 
     >>> from diffusers import WanTransformer3DModel
     >>> from vision_attn import Neighborhood
@@ -73,8 +78,21 @@ def attach(
     >>> run.report.denoisers[0].calls
     {'sparse': 1, 'dense': 1}
     """
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a pattern such as Neighborhood(window=7) or Radial(); got {pattern!r}")
+    if isinstance(pattern, Method):
+        given = {
+            "dense_steps": dense_steps, "dense_layers": dense_layers, "dense_last_steps": dense_last_steps,
+            "calls": calls, "temperature": temperature, "train_tokens": train_tokens, "grid": grid,
+            "backend": backend, "strict": strict, "replace": replace,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        pattern.refuse_unknown(given)
+        return pattern.attach(target, **given)
+    patterns = pattern if isinstance(pattern, tuple) and pattern else (pattern,)
+    if not all(isinstance(each, Pattern) for each in patterns):
+        raise TypeError(
+            "pattern must be a pattern such as Neighborhood(window=7) or Radial(), a tuple of one pattern per layer, "
+            f"or a method; got {pattern!r}"
+        )
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, calls)
     _check_temperature(temperature, train_tokens)
     grid = _check_grid(grid)
@@ -84,20 +102,20 @@ def attach(
         "pattern": pattern, "temperature": temperature, "train_tokens": train_tokens, "grid": grid,
         "backend": backend, "strict": strict,
     }  # fmt: skip
-    pipe, modules = _denoisers(target)
+    pipe, modules = denoisers(target)
     plans = [_plan(name, module, pattern, schedule, grid) for name, module in modules.items()]
-    attached = [run for plan in plans if (run := _attached(plan.module)) is not None]
-    if attached and not replace:
-        raise ValueError(
-            f"{plans[0].cls} already has a pattern attached; detach() that run first, or pass replace=True"
-        )
-    for run in attached:
-        run.detach()
-    return Run(pipe, plans, schedule, options)
+    return Run(pipe, plans, schedule, options, replace)
 
 
-def _denoisers(target: Any) -> tuple[Any | None, dict[str, torch.nn.Module]]:
-    """The pipeline, if it is one, and its denoisers by name."""
+_DEFAULTS = {name: option.default for name, option in inspect.signature(attach).parameters.items()}
+
+
+def denoisers(target: Any) -> tuple[Any | None, dict[str, torch.nn.Module]]:
+    """The pipeline, if it is one, and its denoisers by name.
+
+    Raises:
+        TypeError, ValueError: neither a pipeline nor a module; a pipeline without a denoiser.
+    """
     if isinstance(target, torch.nn.Module):
         return None, {"denoiser": _plain(target)}
     if not isinstance(getattr(target, "components", None), dict):
@@ -116,19 +134,12 @@ def _plain(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _plan(
-    name: str, module: torch.nn.Module, pattern: Pattern, schedule: Schedule, grid: tuple[int, ...] | None
-) -> Plan:
-    family = family_of(module, grid)
-    if grid is not None and len(grid) != len(family.axes):
-        raise ValueError(
-            f"grid={grid} has {len(grid)} sizes, but the grid of {family.name} is ({', '.join(family.axes)})"
-        )
-    if isinstance(pattern, Radial) and "t" not in family.axes:
-        raise ValueError(
-            f"Radial follows the distance between frames, and {family.name} makes images; use Neighborhood, Window or "
-            "SlidingTile"
-        )
+def self_attention(module: torch.nn.Module, family: Family) -> dict[str, tuple[torch.nn.Module, int]]:
+    """The self-attention modules of a denoiser in order of execution: name -> module, layer.
+
+    Raises:
+        ValueError: there is none where the family has them.
+    """
     names = {n: m for n, m in module.named_modules() if re.search(family.attention, n)}
     if not names:
         raise ValueError(
@@ -137,13 +148,32 @@ def _plan(
         )
     order = sorted(names, key=lambda n: family.stages.index(n.split(".")[0])) if family.stages else list(names)
     blocks = list(dict.fromkeys(n.rpartition(".")[0] for n in order))
-    attention = {n: (names[n], blocks.index(n.rpartition(".")[0])) for n in order}
-    return Plan(name, module, family, attention, schedule.layers(len(blocks)))
+    return {n: (names[n], blocks.index(n.rpartition(".")[0])) for n in order}
 
 
-def _attached(module: torch.nn.Module) -> Run | None:
-    hook = module._diffusers_hook.get_hook(ROOT_HOOK) if hasattr(module, "_diffusers_hook") else None
-    return None if hook is None else hook.run
+def _plan(
+    name: str,
+    module: torch.nn.Module,
+    pattern: Pattern | tuple[Pattern, ...],
+    schedule: Schedule,
+    grid: tuple[int, ...] | None,
+) -> Plan:
+    family = family_of(module, grid)
+    if grid is not None and len(grid) != len(family.axes):
+        raise ValueError(
+            f"grid={grid} has {len(grid)} sizes, but the grid of {family.name} is ({', '.join(family.axes)})"
+        )
+    patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+    if any(isinstance(each, Radial) for each in patterns) and "t" not in family.axes:
+        raise ValueError(
+            f"Radial follows the distance between frames, and {family.name} makes images; use Neighborhood, Window or "
+            "SlidingTile"
+        )
+    attention = self_attention(module, family)
+    layers = 1 + max(layer for _, layer in attention.values())
+    if isinstance(pattern, tuple) and len(pattern) != layers:
+        raise ValueError(f"{len(pattern)} patterns for {layers} layers of {family.name}; give one per layer")
+    return Plan(name, module, family, attention, schedule.layers(layers))
 
 
 def _check_temperature(temperature: Any, train_tokens: Any) -> None:

@@ -20,12 +20,12 @@ class Context:
 
     def __init__(self, family: Family, config: Any, schedule: Schedule, steps: Steps, options: dict[str, Any]) -> None:
         self.family, self.config, self.schedule, self.steps = family, config, schedule, steps
-        self.pattern, self.backend, self.strict = options["pattern"], options["backend"], options["strict"]
+        self.patterns, self.backend, self.strict = options["pattern"], options["backend"], options["strict"]
         self.temperature, self.train_tokens = options["temperature"], options["train_tokens"]
         self.user_grid: Grid | None = options["grid"]
         self.hooks: list = []  # the attention hooks, in order of execution
         self.memo: dict = {}
-        self.plans: dict[Grid, tuple[Pattern, bool]] = {}
+        self.plans: dict[tuple[Grid, Pattern], tuple[Pattern, bool]] = {}
         self.warnings: dict[str, int] = {}
         self.steps_count, self.forwards = {"sparse": 0, "dense": 0}, {"sparse": 0, "dense": 0}
         # Read inside compiled regions:
@@ -107,15 +107,19 @@ class Context:
                 return grid, text if self.family.text == "first" else 0, not text + self.appended
         return None
 
-    def plan(self, grid: Grid) -> tuple[Pattern, bool]:
-        """The pattern fitted to a grid, and whether it is plain attention there; compiled code knows that of `Dense()`
-        only."""
+    def pattern(self, layer: int) -> Pattern:
+        return self.patterns[layer] if isinstance(self.patterns, tuple) else self.patterns
+
+    def plan(self, grid: Grid, layer: int) -> tuple[Pattern, bool]:
+        """The pattern of a layer fitted to a grid, and whether it is plain attention there; compiled code knows that of
+        `Dense()` only."""
+        pattern = self.pattern(layer)
         if torch.compiler.is_compiling():
-            return fit(self.pattern, grid), isinstance(self.pattern, Dense)
-        if grid not in self.plans:
-            pattern = fit(self.pattern, grid)
-            self.plans[grid] = pattern, pattern.is_dense(grid)
-        return self.plans[grid]
+            return fit(pattern, grid), isinstance(pattern, Dense)
+        if (grid, pattern) not in self.plans:
+            fitted = fit(pattern, grid)
+            self.plans[grid, pattern] = fitted, fitted.is_dense(grid)
+        return self.plans[grid, pattern]
 
     def scale(self, scale: float | None, head_dim: int, keys: int) -> float | None:
         """The factor on the scores, with the temperature."""

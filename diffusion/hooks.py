@@ -31,9 +31,9 @@ class RootHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, context: Context, parameters: list[str], run: Any) -> None:
+    def __init__(self, context: Context, parameters: list[str]) -> None:
         super().__init__()
-        self.context, self.parameters, self.run = context, parameters, run
+        self.context, self.parameters = context, parameters
         self.announcements = Announcements(self.announce)
 
     def announce(self, announced: Any | None) -> None:
@@ -113,7 +113,7 @@ class AttentionHook(ModelHook):
         if not self.sparse:
             self.tally = (0, 1)
             return self.fn_ref.original_forward(*args, **kwargs)
-        mode = Interception(self.context)
+        mode = Interception(self.context, self.layer)
         if hasattr(getattr(module, "processor", None), "_attention_backend") or torch.compiler.is_compiling():
             with mode:
                 output = self.fn_ref.original_forward(*args, **kwargs)
@@ -129,9 +129,9 @@ class AttentionHook(ModelHook):
 class Interception(TorchFunctionMode):
     """Replaces self-attention over the image tokens; every other function runs as it is."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, layer: int) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.layer = context, layer
         self.done = self.left = self.samples = 0
         self.note: str | None = None
         self.grid: Grid | None = None
@@ -175,7 +175,7 @@ class Interception(TorchFunctionMode):
             cut = min(max(context.batch // 2 - self.samples, 0), batch)
             self.samples += batch
         if not cut and context.half != "uncond":
-            return sparse(context, query, key, value, attn_mask, place, scale, enable_gqa)
+            return sparse(context, self.layer, query, key, value, attn_mask, place, scale, enable_gqa)
         parts = []
         for rows, name in ((slice(None, cut), "uncond"), (slice(cut, None), "cond")):
             q, k, v = query[rows], key[rows], value[rows]
@@ -183,16 +183,18 @@ class Interception(TorchFunctionMode):
             if not q.shape[0]:
                 continue
             if name == context.half:
-                parts.append(sparse(context, q, k, v, mask, place, scale, enable_gqa))
+                parts.append(sparse(context, self.layer, q, k, v, mask, place, scale, enable_gqa))
             else:
                 parts.append(F.scaled_dot_product_attention(q, k, v, **{**given, "attn_mask": mask}))
         return torch.cat(parts)
 
 
-def sparse(context: Context, q, k, v, mask, place: tuple[Grid, int, bool], scale: float | None, enable_gqa: bool):
+def sparse(
+    context: Context, layer: int, q, k, v, mask, place: tuple[Grid, int, bool], scale: float | None, enable_gqa: bool
+):
     """One intercepted call: the pattern, after putting tokens into the order that the family promises."""
     order, (grid, start, alone) = None, place
-    pattern, full = context.plan(grid)
+    pattern, full = context.plan(grid, layer)
     if full:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     if context.ranks > 1 and not alone:

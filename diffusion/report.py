@@ -58,8 +58,7 @@ class Report:
 
     def __str__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        pattern = ", ".join(f"{k}={v!r}" for k, v in self.pattern.items() if k != "pattern")
-        lines = [f"{self.pattern['pattern']}({pattern})" + (f"  [{options}]" if options else "")]
+        lines = [_pattern(self.pattern) + (f"  [{options}]" if options else "")]
         for d in self.denoisers:
             grids = ", ".join("x".join(map(str, g)) for g in d.grids) or "not called yet"
             lines.append(f"{d.name} ({d.cls}): {len(d.modules)} attention modules, grid {grids}, text {d.text}")
@@ -73,6 +72,15 @@ class Report:
                 lines.append(f"  backend   {', '.join(d.backends)} -> native while attached")
         lines += [f"warning ({count}x): {text}" for text, count in self.warnings.items()]
         return "\n".join(lines)
+
+
+def _pattern(pattern: dict[str, Any]) -> str:
+    if pattern["pattern"] == "per-layer":
+        groups: dict[str, list[int]] = {}
+        for layer, each in enumerate(pattern["layers"]):
+            groups.setdefault(_pattern(each), []).append(layer)
+        return "; ".join(f"{_span(layers)} {text}" for text, layers in groups.items())
+    return f"{pattern['pattern']}({', '.join(f'{k}={v!r}' for k, v in pattern.items() if k != 'pattern')})"
 
 
 def _by_density(layers: list[float | None]) -> list[tuple[str, list[int]]]:

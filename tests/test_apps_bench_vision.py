@@ -51,7 +51,8 @@ def test_a_form_that_copies_too_much_is_not_run(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in bench.layers() if name not in ("dense", "linear gla")])
 def test_memory_is_linear_in_tokens(name):
-    """Four times the tokens take at most about four times the memory; a matrix of weights would take sixteen."""
+    """Four times the tokens take about four times the memory; a matrix of weights would take sixteen, up from 39 MiB
+    a head. Peaks below 16 MiB are compared as 16: there the allocator's habits are larger than the layer."""
     layer = bench.layers()[name](bench.DIM, bench.HEADS).eval()
     peaks = []
     with torch.no_grad():
@@ -61,7 +62,7 @@ def test_memory_is_linear_in_tokens(name):
             peaks.append(peak_bytes(call, "cpu"))
     if peaks[0] is None:
         pytest.skip("this system does not tell peak memory")
-    assert peaks[1] < 5.5 * max(peaks[0], 4 * 2**20)
+    assert peaks[1] < 5.5 * max(peaks[0], 16 * 2**20)
 
 
 def test_rows_go_to_files(tmp_path, capsys):

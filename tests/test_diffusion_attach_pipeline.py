@@ -257,7 +257,7 @@ def test_exceptions_leave_no_trace(wan, monkeypatch):
 def test_second_attach(wan):
     first = attach(wan, LOCAL)
     sparse = run(wan)
-    with pytest.raises(ValueError, match="already has a pattern attached"):
+    with pytest.raises(ValueError, match="already has Neighborhood.* attached"):
         attach(wan, Dense())
     assert torch.equal(run(wan), sparse)
     with pytest.raises(ValueError, match="dense_layers"):  # a mistake does not cost the run that is there
