@@ -87,13 +87,28 @@ def attach(
         given = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
         pattern.refuse_unknown(given)
         return pattern.attach(target, **given)
+    schedule = (dense_steps, dense_layers, dense_last_steps, calls)
+    return Run(*planned(target, pattern, schedule, temperature, train_tokens, grid, backend, strict), replace)
+
+
+def planned(
+    target: Any,
+    pattern: Pattern | tuple[Pattern, ...],
+    schedule: tuple,
+    temperature: str | float,
+    train_tokens: int | None,
+    grid: tuple[int, ...] | None,
+    backend: str | None,
+    strict: bool,
+) -> tuple[Any | None, list[Plan], Schedule, dict[str, Any]]:
+    """The arguments of a `Run`, from checked options of `attach`; nothing is changed yet."""
     patterns = pattern if isinstance(pattern, tuple) and pattern else (pattern,)
     if not all(isinstance(each, Pattern) for each in patterns):
         raise TypeError(
             "pattern must be a pattern such as Neighborhood(window=7) or Radial(), a tuple of one pattern per layer, "
             f"or a method; got {pattern!r}"
         )
-    schedule = Schedule(dense_steps, dense_layers, dense_last_steps, calls)
+    schedule = Schedule(*schedule)
     _check_temperature(temperature, train_tokens)
     grid = _check_grid(grid)
     if backend is not None and backend not in BACKENDS:
@@ -104,7 +119,7 @@ def attach(
     }  # fmt: skip
     pipe, modules = denoisers(target)
     plans = [_plan(name, module, pattern, schedule, grid) for name, module in modules.items()]
-    return Run(pipe, plans, schedule, options, replace)
+    return pipe, plans, schedule, options
 
 
 _DEFAULTS = {name: option.default for name, option in inspect.signature(attach).parameters.items()}

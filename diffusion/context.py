@@ -25,7 +25,8 @@ class Context:
         self.user_grid: Grid | None = options["grid"]
         self.hooks: list = []  # the attention hooks, in order of execution
         self.memo: dict = {}
-        self.plans: dict[tuple[Grid, Pattern], tuple[Pattern, bool]] = {}
+        self.plans: dict[tuple[Grid, int], Pattern] = {}
+        self.full: dict[tuple[Grid, Pattern], bool] = {}
         self.warnings: dict[str, int] = {}
         self.steps_count, self.forwards = {"sparse": 0, "dense": 0}, {"sparse": 0, "dense": 0}
         # Read inside compiled regions:
@@ -116,10 +117,11 @@ class Context:
         pattern = self.pattern(layer)
         if torch.compiler.is_compiling():
             return fit(pattern, grid), isinstance(pattern, Dense)
-        if (grid, pattern) not in self.plans:
-            fitted = fit(pattern, grid)
-            self.plans[grid, pattern] = fitted, fitted.is_dense(grid)
-        return self.plans[grid, pattern]
+        if (grid, layer) not in self.plans:  # by layer, because equal patterns may carry weights that differ
+            self.plans[grid, layer] = fit(pattern, grid)
+        if (grid, pattern) not in self.full:
+            self.full[grid, pattern] = self.plans[grid, layer].is_dense(grid)
+        return self.plans[grid, layer], self.full[grid, pattern]
 
     def scale(self, scale: float | None, head_dim: int, keys: int) -> float | None:
         """The factor on the scores, with the temperature."""

@@ -40,6 +40,8 @@ class Plan:
 class Run(Installed):
     """An attached pattern: a context manager that detaches at the end, also after an exception."""
 
+    context_class = Context
+
     def __init__(
         self, pipe: Any | None, plans: list[Plan], schedule: Schedule, options: dict[str, Any], replace: bool
     ) -> None:
@@ -56,7 +58,8 @@ class Run(Installed):
 
     def _install(self, pipe: Any | None, plan: Plan) -> None:
         self.claim(plan.module, SELF_ATTENTION)
-        context = Context(plan.family, getattr(plan.module, "config", None), self._schedule, Steps(pipe), self._options)
+        config = getattr(plan.module, "config", None)
+        context = self.context_class(plan.family, config, self._schedule, Steps(pipe), self._options)
         replaced: list[str] = []
         self._contexts.append(context)
         self._backends.append(replaced)
