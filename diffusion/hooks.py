@@ -109,11 +109,14 @@ class AttentionHook(ModelHook):
         self.note: str | None = None
         self.grid: Grid | None = None
 
+    def mode(self) -> Interception:
+        return Interception(self.context, self.layer)
+
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.sparse:
             self.tally = (0, 1)
             return self.fn_ref.original_forward(*args, **kwargs)
-        mode = Interception(self.context, self.layer)
+        mode = self.mode()
         if hasattr(getattr(module, "processor", None), "_attention_backend") or torch.compiler.is_compiling():
             with mode:
                 output = self.fn_ref.original_forward(*args, **kwargs)
@@ -175,7 +178,7 @@ class Interception(TorchFunctionMode):
             cut = min(max(context.batch // 2 - self.samples, 0), batch)
             self.samples += batch
         if not cut and context.half != "uncond":
-            return sparse(context, self.layer, query, key, value, attn_mask, place, scale, enable_gqa)
+            return self.compute(query, key, value, attn_mask, place, scale, enable_gqa)
         parts = []
         for rows, name in ((slice(None, cut), "uncond"), (slice(cut, None), "cond")):
             q, k, v = query[rows], key[rows], value[rows]
@@ -183,10 +186,13 @@ class Interception(TorchFunctionMode):
             if not q.shape[0]:
                 continue
             if name == context.half:
-                parts.append(sparse(context, self.layer, q, k, v, mask, place, scale, enable_gqa))
+                parts.append(self.compute(q, k, v, mask, place, scale, enable_gqa))
             else:
                 parts.append(F.scaled_dot_product_attention(q, k, v, **{**given, "attn_mask": mask}))
         return torch.cat(parts)
+
+    def compute(self, q, k, v, mask, place: tuple[Grid, int, bool], scale: float | None, enable_gqa: bool):
+        return sparse(self.context, self.layer, q, k, v, mask, place, scale, enable_gqa)
 
 
 def sparse(

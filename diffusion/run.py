@@ -40,7 +40,7 @@ class Plan:
 class Run(Installed):
     """An attached pattern: a context manager that detaches at the end, also after an exception."""
 
-    context_class = Context
+    context_class, hook_class = Context, AttentionHook
 
     def __init__(
         self, pipe: Any | None, plans: list[Plan], schedule: Schedule, options: dict[str, Any], replace: bool
@@ -51,13 +51,13 @@ class Run(Installed):
         self._backends: list[list[str]] = []
         self.label = "a pattern per layer" if isinstance(options["pattern"], tuple) else repr(options["pattern"])
         for plan in plans:  # all of them before any is changed
-            refuse_or_replace(plan.module, SELF_ATTENTION, label=self.label, replace=replace)
+            refuse_or_replace(plan.module, *self.parts, label=self.label, replace=replace)
         with self.installing():
             for plan in plans:
                 self._install(pipe, plan)
 
     def _install(self, pipe: Any | None, plan: Plan) -> None:
-        self.claim(plan.module, SELF_ATTENTION)
+        self.claim(plan.module, *self.parts)
         config = getattr(plan.module, "config", None)
         context = self.context_class(plan.family, config, self._schedule, Steps(pipe), self._options)
         replaced: list[str] = []
@@ -66,7 +66,7 @@ class Run(Installed):
         parameters = list(inspect.signature(plan.module.forward).parameters)
         self.hook(plan.module, RootHook(context, parameters), ROOT_HOOK)
         for module, layer in plan.attention.values():
-            hook = AttentionHook(context, layer, layer in plan.dense_layers)
+            hook = self.hook_class(context, layer, layer in plan.dense_layers)
             context.hooks.append(hook)
             self.hook(module, hook, ATTENTION_HOOK)
             name = self.native_backend(getattr(module, "processor", None))

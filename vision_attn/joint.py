@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn.kernels.attend import attend
-from vision_attn.kernels.patterns import Halo, Neighborhood, Pattern, SlidingTile, Window
+from vision_attn.kernels.patterns import Halo, Neighborhood, Pattern, PerHead, SlidingTile, Window
 
 # Options that one int sets for every axis, and so mean "at most the whole axis": the first decides, the rest follow.
 _PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",), Halo: ("block",)}
@@ -24,6 +24,8 @@ def fit(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
     >>> fit(Neighborhood(window=9), (1, 30, 52))
     Neighborhood(window=(1, 9, 9), stride=1, dilation=1, causal=False)
     """
+    if isinstance(pattern, PerHead):
+        return PerHead(tuple((heads, fit(part, grid)) for heads, part in pattern.parts))
     first, *others = _PER_AXIS.get(type(pattern), (None,))
     if first is None or not isinstance(size := getattr(pattern, first), int):
         return pattern
