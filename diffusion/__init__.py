@@ -8,6 +8,7 @@ _PUBLIC = {
     "Method": "method",
     "Preset": "method",
     "FAMILIES": "families",
+    "FreeSwim": "methods.freeswim",
 }
 
 __all__ = list(_PUBLIC)

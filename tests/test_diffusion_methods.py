@@ -13,12 +13,16 @@ from diffusers.models.attention_dispatch import attention_backend  # noqa: E402
 from diffusion_models import MODELS, Model  # noqa: E402
 
 from vision_attn import Neighborhood, Radial, attach  # noqa: E402
-from vision_attn.diffusion import Preset  # noqa: E402
+from vision_attn.diffusion import FreeSwim, Preset  # noqa: E402
 from vision_attn.diffusion.method import Method  # noqa: E402
 
 # Name -> how to make it for a tiny model, and the classes it is for. One line per method.
 METHODS: dict[str, tuple[Callable[[Model], Method], tuple[str, ...]]] = {
     "preset": (lambda model: Preset(Neighborhood(window=model.window), {"dense_layers": 1}), tuple(MODELS)),
+    "freeswim": (
+        lambda model: FreeSwim(base=tuple(n // 2 for n in model.grid[-2:])),
+        ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CosmosTransformer3DModel", "PixArtTransformer2DModel"),
+    ),
 }
 CASES = [(name, cls) for name, (_, classes) in METHODS.items() for cls in classes]
 EVERY = pytest.mark.parametrize("name, cls", CASES, ids=[f"{name}-{cls}" for name, cls in CASES])

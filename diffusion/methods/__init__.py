@@ -3,7 +3,9 @@
 from importlib import import_module
 
 # Name in reports and on the command line -> file and class.
-_FILES: dict[str, tuple[str, str]] = {}
+_FILES: dict[str, tuple[str, str]] = {
+    "freeswim": ("freeswim", "FreeSwim"),
+}
 
 
 def method_class(name: str) -> type:
