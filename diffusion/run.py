@@ -40,7 +40,7 @@ class Plan:
 class Run(Installed):
     """An attached pattern: a context manager that detaches at the end, also after an exception."""
 
-    context_class, hook_class = Context, AttentionHook
+    context_class, hook_class, parts = Context, AttentionHook, (SELF_ATTENTION,)
 
     def __init__(
         self, pipe: Any | None, plans: list[Plan], schedule: Schedule, options: dict[str, Any], replace: bool
@@ -49,7 +49,8 @@ class Run(Installed):
         self._plans, self._schedule, self._options = plans, schedule, options
         self._contexts: list[Context] = []
         self._backends: list[list[str]] = []
-        self.label = "a pattern per layer" if isinstance(options["pattern"], tuple) else repr(options["pattern"])
+        pattern = options["pattern"]
+        self.label = self.label or ("a pattern per layer" if isinstance(pattern, tuple) else repr(pattern))
         for plan in plans:  # all of them before any is changed
             refuse_or_replace(plan.module, *self.parts, label=self.label, replace=replace)
         with self.installing():
