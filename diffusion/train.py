@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vision_attn.diffusion import tiny
-from vision_attn.diffusion.evaluate import evaluate
+from vision_attn.diffusion.card import evaluate
 from vision_attn.fit import fit
 from vision_attn.shapes import caption, render, sample_scene
 from vision_attn.shapes.scene import BACKGROUND

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vision_attn.diffusion.evaluate import card, draw_and_score, fresh_prompts
+from vision_attn.diffusion.card import card, draw_and_score, fresh_prompts
 from vision_attn.diffusion.loading import BUILT_IN, load
 from vision_attn.shapes import score
 
