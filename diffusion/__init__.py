@@ -9,6 +9,7 @@ _PUBLIC = {
     "Preset": "method",
     "FAMILIES": "families",
     "FreeSwim": "methods.freeswim",
+    "IRDiffusion": "methods.isolation",
 }
 
 __all__ = list(_PUBLIC)

@@ -13,8 +13,16 @@ from diffusers.models.attention_dispatch import attention_backend  # noqa: E402
 from diffusion_models import MODELS, Model  # noqa: E402
 
 from vision_attn import Neighborhood, Radial, attach  # noqa: E402
-from vision_attn.diffusion import FreeSwim, Preset  # noqa: E402
+from vision_attn.diffusion import CLEAR, FreeSwim, Preset  # noqa: E402
 from vision_attn.diffusion.method import Method  # noqa: E402
+from vision_attn.diffusion.methods.isolation import IRDiffusion  # noqa: E402
+
+
+def halves(model: Model) -> torch.Tensor:
+    """Masks of one target with a subject in its upper and one in its lower half."""
+    lower = (torch.arange(model.grid[-2]) >= model.grid[-2] // 2)[:, None].expand(model.grid[-2:])
+    return torch.stack([~lower, lower])[None]
+
 
 # Name -> how to make it for a tiny model, and the classes it is for. One line per method.
 METHODS: dict[str, tuple[Callable[[Model], Method], tuple[str, ...]]] = {
@@ -23,6 +31,8 @@ METHODS: dict[str, tuple[Callable[[Model], Method], tuple[str, ...]]] = {
         lambda model: FreeSwim(base=tuple(n // 2 for n in model.grid[-2:])),
         ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CosmosTransformer3DModel", "PixArtTransformer2DModel"),
     ),
+    "ir-diffusion": (lambda model: IRDiffusion(halves(model)), ("UNet2DConditionModel", "WanTransformer3DModel")),
+    "clear": (lambda model: CLEAR(2, 2 if model.grid == (6, 8) else None), tuple(MODELS)),
 }
 CASES = [(name, cls) for name, (_, classes) in METHODS.items() for cls in classes]
 EVERY = pytest.mark.parametrize("name, cls", CASES, ids=[f"{name}-{cls}" for name, cls in CASES])

@@ -5,6 +5,7 @@ from importlib import import_module
 # Name in reports and on the command line -> file and class.
 _FILES: dict[str, tuple[str, str]] = {
     "freeswim": ("freeswim", "FreeSwim"),
+    "ir-diffusion": ("isolation", "IRDiffusion"),
 }
 
 
