@@ -10,6 +10,7 @@ _PUBLIC = {
     "FAMILIES": "families",
     "FreeSwim": "methods.freeswim",
     "IRDiffusion": "methods.isolation",
+    "CLEAR": "methods.clear",
 }
 
 __all__ = list(_PUBLIC)

@@ -6,6 +6,7 @@ from importlib import import_module
 _FILES: dict[str, tuple[str, str]] = {
     "freeswim": ("freeswim", "FreeSwim"),
     "ir-diffusion": ("isolation", "IRDiffusion"),
+    "clear": ("clear", "CLEAR"),
 }
 
 

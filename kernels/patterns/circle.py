@@ -39,6 +39,7 @@ class Circle(Separable):
     radius: int
     pooled: int | None = None
     name: ClassVar[str] = "circle"
+    weight: ClassVar[torch.Tensor | None] = None  # of the places in a cell; a subclass may bring one
 
     def __post_init__(self) -> None:
         for name, least in (("radius", 1), ("pooled", 2)):
@@ -89,7 +90,7 @@ class Circle(Separable):
     ) -> tuple[torch.Tensor, torch.Tensor, Tensors, torch.Tensor | None]:
         if self.pooled is None:
             return k, v, extra_kv, extra_mask
-        pooled = pool_tokens(k, self.pooled), pool_tokens(v, self.pooled)
+        pooled = pool_tokens(k, self.pooled, self.weight), pool_tokens(v, self.pooled, self.weight)
         if extra_kv is not None:
             key, value = (torch.cat(pair, 1) for pair in zip(extra_kv, pooled, strict=True))
             pooled = key, value
@@ -123,7 +124,7 @@ def pool_tokens(tensor: torch.Tensor, factor: int, weight: torch.Tensor | None =
     if weight is None:
         out = cells.mean((-5, -3))
     else:
-        out = (cells * weight.to(tensor.dtype)[:, None, :, None, None]).sum((-5, -3))
+        out = (cells * weight.to(tensor)[:, None, :, None, None]).sum((-5, -3))
     return out.flatten(1, -3)
 
 
