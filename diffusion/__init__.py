@@ -9,6 +9,7 @@ _PUBLIC = {
     "Preset": "method",
     "FAMILIES": "families",
     "FreeSwim": "methods.freeswim",
+    "upscale_video": "upscale",
     "IRDiffusion": "methods.isolation",
     "CLEAR": "methods.clear",
 }

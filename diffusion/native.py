@@ -18,6 +18,7 @@ class Native:
         shift: flow shift published for large videos of this model; None keeps the scheduler's own.
         steps: denoising steps.
         frames: of a clip.
+        negative: what is kept out of large videos.
     """
 
     height: int
@@ -27,12 +28,14 @@ class Native:
     shift: float | None
     steps: int
     frames: int
+    negative: str = ""
 
 
+_NEGATIVE = "repeated objects, duplicates, blurry, low detail, low quality"
 # (class, heads, layers) -> the settings of FreeSwim's authors for it.
 _KNOWN = {
-    ("WanTransformer3DModel", 12, 30): Native(480, 832, (30, 52), 5.0, 9.0, 50, 81),  # Wan2.1 1.3B
-    ("WanTransformer3DModel", 40, 40): Native(720, 1280, (45, 80), 5.0, 9.0, 50, 81),  # Wan2.1 14B
+    ("WanTransformer3DModel", 12, 30): Native(480, 832, (30, 52), 5.0, 9.0, 50, 81, _NEGATIVE),  # Wan2.1 1.3B
+    ("WanTransformer3DModel", 40, 40): Native(720, 1280, (45, 80), 5.0, 9.0, 50, 81, _NEGATIVE),  # Wan2.1 14B
 }
 
 
