@@ -12,6 +12,7 @@ _PUBLIC = {
     "upscale_video": "upscale",
     "IRDiffusion": "methods.isolation",
     "CLEAR": "methods.clear",
+    "LinFusion": "methods.linfusion",
 }
 
 __all__ = list(_PUBLIC)

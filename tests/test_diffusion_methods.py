@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import attention_backend  # noqa: E402
 from diffusion_models import MODELS, Model  # noqa: E402
 
 from vision_attn import Neighborhood, Radial, attach  # noqa: E402
-from vision_attn.diffusion import CLEAR, FreeSwim, Preset  # noqa: E402
+from vision_attn.diffusion import CLEAR, FreeSwim, LinFusion, Preset  # noqa: E402
 from vision_attn.diffusion.method import Method  # noqa: E402
 from vision_attn.diffusion.methods.isolation import IRDiffusion  # noqa: E402
 
@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[Callable[[Model], Method], tuple[str, ...]]] = {
     ),
     "ir-diffusion": (lambda model: IRDiffusion(halves(model)), ("UNet2DConditionModel", "WanTransformer3DModel")),
     "clear": (lambda model: CLEAR(2, 2 if model.grid == (6, 8) else None), tuple(MODELS)),
+    "linfusion": (lambda model: LinFusion(reduce=1), ("UNet2DConditionModel",)),
 }
 CASES = [(name, cls) for name, (_, classes) in METHODS.items() for cls in classes]
 EVERY = pytest.mark.parametrize("name, cls", CASES, ids=[f"{name}-{cls}" for name, cls in CASES])

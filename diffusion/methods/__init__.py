@@ -7,6 +7,7 @@ _FILES: dict[str, tuple[str, str]] = {
     "freeswim": ("freeswim", "FreeSwim"),
     "ir-diffusion": ("isolation", "IRDiffusion"),
     "clear": ("clear", "CLEAR"),
+    "linfusion": ("linfusion", "LinFusion"),
 }
 
 
