@@ -10,8 +10,14 @@ _PUBLIC = {
     "FAMILIES": "families",
     "FreeSwim": "methods.freeswim",
     "upscale_video": "upscale",
-    "IRDiffusion": "methods.isolation",
     "CLEAR": "methods.clear",
+    "IRDiffusion": "methods.isolation",
+    "UltraViCo": "methods.ultravico",
+    "RIFLEx": "methods.rope",
+    "PI": "methods.rope",
+    "NTK": "methods.rope",
+    "YaRN": "methods.rope",
+    "TASR": "methods.rope",
     "LinFusion": "methods.linfusion",
 }
 

@@ -13,15 +13,27 @@ from diffusers.models.attention_dispatch import attention_backend  # noqa: E402
 from diffusion_models import MODELS, Model  # noqa: E402
 
 from vision_attn import Neighborhood, Radial, attach  # noqa: E402
-from vision_attn.diffusion import CLEAR, FreeSwim, LinFusion, Preset  # noqa: E402
+from vision_attn.diffusion import CLEAR, FreeSwim, LinFusion, Preset, UltraViCo  # noqa: E402
 from vision_attn.diffusion.method import Method  # noqa: E402
 from vision_attn.diffusion.methods.isolation import IRDiffusion  # noqa: E402
+from vision_attn.diffusion.methods.rope import NTK, PI, TASR, RIFLEx, RotaryEdit, YaRN  # noqa: E402
 
 
 def halves(model: Model) -> torch.Tensor:
     """Masks of one target with a subject in its upper and one in its lower half."""
     lower = (torch.arange(model.grid[-2]) >= model.grid[-2] // 2)[:, None].expand(model.grid[-2:])
     return torch.stack([~lower, lower])[None]
+
+
+ROTARY = tuple(f"{name}Transformer3DModel" for name in ("Wan", "HunyuanVideo", "LTXVideo", "Cosmos")) + (
+    "FluxTransformer2DModel",
+)
+
+
+def edit(cls: type[RotaryEdit], model: Model, **options) -> RotaryEdit:
+    """An edit for a model that was trained on less than the grid of its call."""
+    trained = {"train_frames": 1} if len(model.grid) == 3 else {"train_size": (2, 2)}
+    return cls(**{**trained, **options})
 
 
 # Name -> how to make it for a tiny model, and the classes it is for. One line per method.
@@ -34,6 +46,15 @@ METHODS: dict[str, tuple[Callable[[Model], Method], tuple[str, ...]]] = {
     "ir-diffusion": (lambda model: IRDiffusion(halves(model)), ("UNet2DConditionModel", "WanTransformer3DModel")),
     "clear": (lambda model: CLEAR(2, 2 if model.grid == (6, 8) else None), tuple(MODELS)),
     "linfusion": (lambda model: LinFusion(reduce=1), ("UNet2DConditionModel",)),
+    "ultravico": (
+        lambda model: UltraViCo(train_frames=1, alpha=0.3),
+        tuple(cls for cls, model in MODELS.items() if len(model.grid) == 3),
+    ),
+    "pi": (lambda model: edit(PI, model), ROTARY),
+    "ntk": (lambda model: edit(NTK, model, train_size=(2, 2)), ("WanTransformer3DModel", "FluxTransformer2DModel")),
+    "yarn": (lambda model: edit(YaRN, model), ROTARY),
+    "tasr": (lambda model: edit(TASR, model), ("WanTransformer3DModel",)),
+    "riflex": (lambda model: edit(RIFLEx, model, index=0), ROTARY[:-1]),
 }
 CASES = [(name, cls) for name, (_, classes) in METHODS.items() for cls in classes]
 EVERY = pytest.mark.parametrize("name, cls", CASES, ids=[f"{name}-{cls}" for name, cls in CASES])

@@ -7,6 +7,12 @@ _FILES: dict[str, tuple[str, str]] = {
     "freeswim": ("freeswim", "FreeSwim"),
     "ir-diffusion": ("isolation", "IRDiffusion"),
     "clear": ("clear", "CLEAR"),
+    "ultravico": ("ultravico", "UltraViCo"),
+    "riflex": ("rope", "RIFLEx"),
+    "pi": ("rope", "PI"),
+    "ntk": ("rope", "NTK"),
+    "yarn": ("rope", "YaRN"),
+    "tasr": ("rope", "TASR"),
     "linfusion": ("linfusion", "LinFusion"),
 }
 

@@ -1,0 +1,87 @@
+"""How long the videos were that a model learned from, and the published settings for longer ones, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_attn.diffusion.families import Family
+from vision_attn.diffusion.sizes import FAMILIES as SIZES
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """What is published about longer videos of one family.
+
+    Args:
+        frames: latent frames of the length it was trained on; CogVideoX says so in its config instead.
+        decay: length in times the trained one -> alpha and beta of UltraViCo.
+        period: latent frames after which the model repeats itself; None for one that does not.
+        gamma: half width of UltraViCo's bands around the repetitions, in latent frames.
+        first_frame: whether UltraViCo shields the first latent frame, which is a single picture.
+        riflex: number of the temporal frequency that RIFLEx changes, 0 for the fastest.
+    """
+
+    frames: int
+    decay: dict[int, tuple[float, float]]
+    period: float | None = None
+    gamma: float = 4.0
+    first_frame: bool = False
+    riflex: int = 0
+
+
+# Papers and code of UltraViCo (arXiv 2511.20123) and RIFLEx (arXiv 2502.15894). Other families: nothing is published.
+LENGTHS = {
+    "WanTransformer3DModel": Length(21, {2: (0.9, 0.6)}, first_frame=True),
+    "HunyuanVideoTransformer3DModel": Length(
+        33, {2: (0.95, 0.6), 3: (0.9, 0.6), 4: (0.9, 0.8)}, period=50, gamma=4, riflex=3
+    ),
+    "CogVideoXTransformer3DModel": Length(13, {2: (0.9, 0.6), 4: (0.85, 0.6)}, period=20, gamma=1, riflex=1),
+}
+
+
+def trained_frames(module: torch.nn.Module, family: Family) -> int:
+    """Latent frames, in tokens, of the length a denoiser was trained on.
+
+    They are looked up in the `defaults.json` of the folder it was loaded from, in its config (CogVideoX), then in
+    `LENGTHS`.
+
+    Raises:
+        ValueError: nobody says.
+    """
+    config = getattr(module, "config", None)
+    folder = Path(getattr(config, "_name_or_path", None) or ".")
+    frames = _read(folder.parent / "defaults.json").get("frames") if folder.name != "" else None
+    if frames is not None:
+        latent, per_token, *_ = SIZES[family.name].token(_read(folder.parent / "vae" / "config.json"), dict(config))
+        return -(-((frames - 1) // latent + 1) // per_token)
+    if getattr(config, "sample_frames", None):
+        latents = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        return -(-latents // (config.patch_size_t or 1))
+    if family.name not in LENGTHS:
+        raise ValueError(
+            f"it is not known how long the videos were that {family.name} was trained on; pass train_frames=, the "
+            "latent frames of one of them"
+        )
+    return LENGTHS[family.name].frames
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def require_video(family: Family, what: str) -> None:
+    """Raise ValueError for a family that makes images."""
+    if "t" not in family.axes:
+        raise ValueError(f"{what} is for videos, and {family.name} makes images; allowed: {', '.join(_videos())}")
+
+
+def _videos() -> list[str]:
+    return [name for name, sizes in SIZES.items() if sizes.fps]
