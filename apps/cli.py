@@ -23,6 +23,7 @@ COMMANDS = {
     "show": "Draw a picture of a pattern: who a query sees.",
     "classify": "Say what is in pictures, with a timm classifier or CLIP.",
     "attention": "Draw where a vision model looks in a picture, with the numbers.",
+    "presets": "List published attention settings, or fit one to a size.",
     "doctor": "Report versions, devices and backends.",
 }
 _DEBUG = "vision_attn.debug"
