@@ -8,6 +8,8 @@ _PUBLIC = {
     "Method": "method",
     "Preset": "method",
     "FAMILIES": "families",
+    "calibrate": "calibration",
+    "Calibration": "calibration",
     "preset": "published",
     "presets": "published",
     "fit_preset": "published",
