@@ -17,6 +17,8 @@ _PUBLIC = {
     "upscale_video": "upscale",
     "CLEAR": "methods.clear",
     "IRDiffusion": "methods.isolation",
+    "extend_video": "extend",
+    "no_repeat": "repeats",
     "UltraViCo": "methods.ultravico",
     "RIFLEx": "methods.rope",
     "PI": "methods.rope",

@@ -54,10 +54,10 @@ def trained_frames(module: torch.nn.Module, family: Family) -> int:
         ValueError: nobody says.
     """
     config = getattr(module, "config", None)
-    folder = Path(getattr(config, "_name_or_path", None) or ".")
-    frames = _read(folder.parent / "defaults.json").get("frames") if folder.name != "" else None
+    frames = folder_defaults(module).get("frames")
     if frames is not None:
-        latent, per_token, *_ = SIZES[family.name].token(_read(folder.parent / "vae" / "config.json"), dict(config))
+        vae = _read(Path(config._name_or_path).parent / "vae" / "config.json")
+        latent, per_token, *_ = SIZES[family.name].token(vae, dict(config))
         return -(-((frames - 1) // latent + 1) // per_token)
     if getattr(config, "sample_frames", None):
         latents = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
@@ -68,6 +68,12 @@ def trained_frames(module: torch.nn.Module, family: Family) -> int:
             "latent frames of one of them"
         )
     return LENGTHS[family.name].frames
+
+
+def folder_defaults(module: torch.nn.Module) -> dict[str, Any]:
+    """The `defaults.json` of the folder that a denoiser was loaded from; empty where there is none."""
+    folder = Path(getattr(getattr(module, "config", None), "_name_or_path", None) or "")
+    return _read(folder.parent / "defaults.json") if folder.name else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
