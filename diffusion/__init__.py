@@ -17,6 +17,7 @@ _PUBLIC = {
     "upscale_video": "upscale",
     "CLEAR": "methods.clear",
     "IRDiffusion": "methods.isolation",
+    "protect_image": "protect",
     "extend_video": "extend",
     "no_repeat": "repeats",
     "UltraViCo": "methods.ultravico",
