@@ -17,6 +17,7 @@ _PUBLIC = {
     "upscale_video": "upscale",
     "CLEAR": "methods.clear",
     "IRDiffusion": "methods.isolation",
+    "consistent_images": "consistent",
     "protect_image": "protect",
     "extend_video": "extend",
     "no_repeat": "repeats",

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from diffusers.hooks.hooks import ModelHook
 from torch.overrides import TorchFunctionMode
 
+from vision_attn.diffusion.attachment import self_attention
 from vision_attn.diffusion.context import Context
-from vision_attn.diffusion.families import Family, Grid
+from vision_attn.diffusion.families import FAMILIES, Family, Grid, family_of
 from vision_attn.diffusion.schedule import Schedule, Steps
 from vision_attn.diffusion.subjects import Cast, Group, size_trouble
 from vision_attn.hosts import AttachError
@@ -22,6 +23,27 @@ if TYPE_CHECKING:
     from vision_attn.diffusion.methods.isolation import IRDiffusion
 
 HOOK = "vision_attn_subjects"
+
+
+def subject_layers(module: torch.nn.Module) -> tuple[Family, dict, dict[str, torch.nn.Module]]:
+    """The family of a denoiser, its self-attention as `self_attention` gives it, and its attention to the text.
+
+    Raises:
+        ValueError: a class without attention to the text as a layer of its own, or one with image prompts in it.
+    """
+    family = family_of(module, None)
+    if family.text != "none":
+        apart = ", ".join(name for name, each in FAMILIES.items() if each.text == "none" and not each.refuse)
+        raise ValueError(
+            f"{family.name} has one attention for text and image, and subjects are kept apart, moved and found by "
+            f"attention to the text alone, which {apart} have"
+        )
+    layers = self_attention(module, family)
+    names = [name.removesuffix("attn1") + "attn2" for name in layers]
+    crosses = {name: module.get_submodule(name) for name in names}
+    if any(getattr(layer, "add_k_proj", None) is not None for layer in crosses.values()):
+        raise ValueError(f"this {family.name} mixes an image prompt into its attention to the text; give one without")
+    return family, layers, crosses
 
 
 class State:

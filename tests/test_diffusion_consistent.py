@@ -13,8 +13,11 @@ pytest.importorskip("diffusers")
 from diffusion_models import MODELS  # noqa: E402
 
 from vision_attn.diffusion import attach  # noqa: E402
+from vision_attn.diffusion.consistent import consistent_images  # noqa: E402
+from vision_attn.diffusion.loading import load  # noqa: E402
 from vision_attn.diffusion.methods.isolation import IRDiffusion  # noqa: E402
-from vision_attn.diffusion.subjects import at_grid, owners, relocation  # noqa: E402
+from vision_attn.diffusion.subjects import at_grid  # noqa: E402
+from vision_attn.diffusion.word_maps import WordMaps, thresholded, word_places  # noqa: E402
 from vision_attn.hosts import AttachError  # noqa: E402
 
 CLASSES = ("UNet2DConditionModel", "PixArtTransformer2DModel", "WanTransformer3DModel", "LTXVideoTransformer3DModel",
@@ -116,18 +119,14 @@ def moved_map(hidden, reference, target):
 def expected_self(attn, hidden, rotary, cls, grid, targets, references, moves, isolation=True):
     """Self-attention of one guidance half `[references + targets, tokens, dim]`, one query after the other."""
     count, frames = len(references), grid if len(grid) == 3 else (1, *grid)
-    at = (
-        lambda rotary_or_none, i: (
-            rotary_or_none
-            if rotary_or_none is None
-            else tuple(  # noqa: E731
-                x[i : i + 1] if x.ndim == 3 and len(x) == len(hidden) else x for x in rotary_or_none
-            )
-        )
-    )
+
+    def at(i):
+        each = [len(x) == len(hidden) and x.ndim == 3 for x in rotary or ()]
+        return rotary and tuple(x[i : i + 1] if one else x for one, x in zip(each, rotary, strict=True))
+
     outputs = []
     for i, tokens in enumerate(hidden):
-        q, k, v = project(attn, tokens[None], at(rotary, i), cls)
+        q, k, v = project(attn, tokens[None], at(i), cls)
         keys, values, n = [k], [v], tokens.shape[0]
         sees = torch.ones(n, n, dtype=torch.bool)
         visible = [sees]
@@ -142,7 +141,7 @@ def expected_self(attn, hidden, rotary, cls, grid, targets, references, moves, i
                 shape = lambda x: x.view(*frames, *x.shape[len(grid) :])  # noqa: E731
                 source = hidden[s].view(*frames, -1)
                 new, there = moved_map(source, shape(references[s]), shape(targets[i - count, s]))
-                _, k2, v2 = project(attn, new.view(1, n, -1), at(rotary, i), cls)
+                _, k2, v2 = project(attn, new.view(1, n, -1), at(i), cls)
                 keys.append(k2), values.append(v2)
                 visible.append(masks[s][:, None] & there.flatten()[None])
         k, v, sees = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(visible, 1)
@@ -224,19 +223,244 @@ def test_cross_attention_blends_the_answer_to_the_prompt_of_the_reference(cls):
         more = {k: v for k, v in kwargs.items() if k not in names}
         masks = at_grid(targets, grid_of(cls, hidden.shape[1]), 2).flatten(2)
         for i in range(batch):
-
-            def answer(j, i=i):
-                own = {} if mask is None else {"attention_mask": mask[j : j + 1]}
-                return attn(hidden[i : i + 1], text[j : j + 1], **own, **more)[0]
-
-            expected = own = answer(i)
             half, place = divmod(i, 4)
-            if place >= 2:
-                expected = own.clone()
-                for n in range(hidden.shape[1]):
-                    inside = [s for s in range(2) if masks[place - 2, s, n]]
-                    if inside:
-                        mean = sum(answer(4 * half + s)[n] for s in inside) / len(inside)
-                        expected[n] = 0.75 * mean + 0.25 * own[n]
-                assert not torch.allclose(expected, own, atol=1e-4)
+            answers = []  # to the prompt of each picture of this half
+            for j in range(4 * half, 4 * half + 4):
+                own = {} if mask is None else {"attention_mask": mask[j : j + 1]}
+                answers.append(attn(hidden[i : i + 1], text[j : j + 1], **own, **more)[0])
+            expected = answers[place].clone()
+            for n in range(hidden.shape[1]) if place >= 2 else ():
+                inside = [s for s in range(2) if masks[place - 2, s, n]]
+                if inside:
+                    expected[n] = 0.75 * sum(answers[s][n] for s in inside) / len(inside) + 0.25 * expected[n]
+            assert place < 2 or not torch.allclose(expected, answers[place], atol=1e-4)
             torch.testing.assert_close(out[i], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_references_and_targets_without_subjects_stay_as_they_are():
+    model = MODELS["WanTransformer3DModel"]
+    denoiser = model.build()
+    targets, references = case(model.grid)
+    targets[1] = False
+    plain = denoiser(**model.inputs(4)).sample
+    with attach(denoiser, IRDiffusion(targets, references)):
+        changed = denoiser(**model.inputs(4)).sample
+    torch.testing.assert_close(changed[[0, 1, 3]], plain[[0, 1, 3]], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(changed[2], plain[2], atol=1e-3)
+
+
+def test_dropout_takes_references_away_from_some_tokens_and_repeats_with_its_seed():
+    model = MODELS["WanTransformer3DModel"]
+    denoiser = model.build()
+    targets, references = case(model.grid)
+    outputs = []
+    for dropout, seed in ((0.0, 0), (0.5, 1), (0.5, 1), (0.5, 2)):
+        with attach(denoiser, IRDiffusion(targets, references, cross=0, dropout=dropout, seed=seed)):
+            outputs.append(denoiser(**model.inputs(4)).sample)
+    assert torch.equal(outputs[1], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[3])
+    with attach(denoiser, IRDiffusion(targets, references, cross=0, dropout=1 - 1e-9)):
+        gone = denoiser(**model.inputs(4)).sample
+    with attach(denoiser, IRDiffusion(targets, references, cross=0, reposition=False)):
+        torch.testing.assert_close(gone, denoiser(**model.inputs(4)).sample, atol=1e-6, rtol=1e-5)
+
+
+def test_reposition_begins_in_the_decoder():
+    for cls, first in (("UNet2DConditionModel", 3), ("WanTransformer3DModel", 1)):
+        model = MODELS[cls]
+        denoiser = model.build()
+        targets, references = case(model.grid)
+        with attach(denoiser, IRDiffusion(targets, references)) as attached:
+            denoiser(**model.inputs(4))
+        counts = attached.report.calls["denoiser"]
+        assert counts["isolation"] - counts["reposition"] == first
+        assert f"reposition {counts['reposition']}" in str(attached.report) and attached.report.to_dict()
+
+
+def test_half_precision_is_finite():
+    model = MODELS["WanTransformer3DModel"]
+    denoiser = model.build().bfloat16()
+    targets, references = case(model.grid)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.inputs(4).items()}
+    with attach(denoiser, IRDiffusion(targets, references)):
+        assert denoiser(**inputs).sample.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(target_masks=torch.ones(2, 3)), "target_masks must be .targets, subjects, height, width."),
+        (dict(target_masks="left"), "target_masks must be an array"),
+        (dict(reference_masks=torch.ones(3, 4, 5)), "2 subjects and reference_masks 3"),
+        (dict(reference_masks=torch.ones(2, 0, 5)), "none of them 0"),
+        (dict(cross=1.5), "cross must be a number from 0 to 1"),
+        (dict(dropout=1.0), "dropout must be a number from 0 to below 1"),
+        (dict(first_layer=-1), "first_layer must be the number of a layer"),
+        (dict(isolation=False, reference_masks=None), "nothing else is on"),
+        (dict(isolation=False, reposition=False, cross=0), "nothing else is on"),
+    ],
+)
+def test_bad_options(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        IRDiffusion(**{"target_masks": torch.ones(1, 2, 4, 5), "reference_masks": torch.ones(2, 4, 5), **changes})
+
+
+@pytest.mark.parametrize(
+    "masks, batch, message",
+    [
+        ((1, 2, 4, 6), 3, "masks of 4 x 6, .* another shape than the 4 x 5 tokens"),
+        ((1, 2, 17, 4, 5), 3, "masks of 17 frames, where the picture has 3"),
+        ((1, 2, 8, 10), 4, "a batch of 4 .* 2 references and then 1 targets"),
+    ],
+)
+def test_masks_and_batches_that_do_not_fit(masks, batch, message):
+    model = MODELS["WanTransformer3DModel"]
+    denoiser = model.build()
+    plain = denoiser(**model.inputs(batch)).sample
+    ones = torch.ones(masks)
+    with attach(denoiser, IRDiffusion(ones, ones[0])), pytest.raises(AttachError, match=message):
+        denoiser(**model.inputs(batch))
+    assert torch.equal(denoiser(**model.inputs(batch)).sample, plain)
+
+
+def test_models_that_it_cannot_serve():
+    ones = torch.ones(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="FluxTransformer2DModel has one attention for text and image"):
+        attach(MODELS["FluxTransformer2DModel"].build(), IRDiffusion(ones))
+    image_prompts = MODELS["WanTransformer3DModel"].build(added_kv_proj_dim=24, image_dim=8)
+    with pytest.raises(ValueError, match="mixes an image prompt"):
+        attach(image_prompts, IRDiffusion(ones))
+    with pytest.raises(ValueError, match="first_layer=9, but UNet2DConditionModel has 7 layers"):
+        attach(MODELS["UNet2DConditionModel"].build(), IRDiffusion(ones, ones[0], first_layer=9))
+
+
+def test_masks_may_come_in_pixels():
+    masks = torch.rand(2, 3, 48, 40)
+    small = at_grid(masks > 0.5, (6, 5), 2)
+    assert torch.equal(small, (masks > 0.5)[..., 4::8, 4::8])
+    assert torch.equal(at_grid(masks > 0.5, (2, 6, 5), 2), small[:, :, None].expand(2, 3, 2, 6, 5))
+
+
+@pytest.mark.parametrize("cls", ["UNet2DConditionModel", "PixArtTransformer2DModel", "WanTransformer3DModel"])
+def test_maps_of_words_are_the_mean_weights_of_their_tokens(cls):
+    model = MODELS[cls]
+    denoiser = model.build()
+    positions = [[[1, 3], []], [[0], [2]]]
+    doubled = cls != "WanTransformer3DModel"  # its pipeline calls twice and says which call is which
+    seen, handles = record(denoiser, "attn2")
+    inputs = model.inputs(4, True) if model.padded and doubled else model.inputs(4 if doubled else 2)
+    plain = denoiser(**inputs)[0] if doubled else None
+    seen.clear()
+    with WordMaps(denoiser, positions) as maps:
+        with pytest.raises(ValueError, match="no conditional call"):
+            maps.maps  # noqa: B018
+        if doubled:
+            assert torch.equal(denoiser(**inputs)[0], plain)
+        else:
+            with denoiser.cache_context("cond"):
+                denoiser(**inputs)
+            with denoiser.cache_context("uncond"):
+                denoiser(**{k: v * 3 if v.is_floating_point() else v for k, v in inputs.items()})
+    for handle in handles:
+        handle.remove()
+    finest = model.grid
+    layers = []
+    for key, ((args, kwargs, _), *_) in seen.items():
+        attn = denoiser.get_submodule(key)
+        names = ("hidden_states", "encoder_hidden_states", "attention_mask")
+        hidden, text, mask = (x if x is None else x[len(x) - 2 :] for x in arguments(args, kwargs, *names))
+        norm_q, norm_k = (getattr(attn, name, None) or torch.nn.Identity() for name in ("norm_q", "norm_k"))
+        q, k = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for x in (norm_q(attn.to_q(hidden)), norm_k(attn.to_k(text)))
+        )
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        weights = (logits if mask is None else logits + mask[:, None]).softmax(-1).mean(1)
+        grid = grid_of(cls, hidden.shape[1])
+        phrases = [
+            [weights[i, :, at].mean(-1) if at else weights.new_zeros(hidden.shape[1]) for at in each]
+            for i, each in enumerate(positions)
+        ]
+        layer = torch.stack([torch.stack(each) for each in phrases]).unflatten(2, grid)
+        layers.append(layer if grid == finest else F.interpolate(layer, finest, mode="bilinear"))
+    torch.testing.assert_close(maps.maps, sum(layers) / len(layers), atol=1e-6, rtol=1e-4)
+
+
+def test_thresholds_part_what_is_high_and_share_nothing():
+    values = torch.tensor([0.1, 0.12, 0.11, 0.13, 0.8, 0.9, 0.7, 0.1, 0.15]).view(1, 3, 3)
+    assert thresholded(values).flatten().tolist() == [False] * 4 + [True] * 3 + [False] * 2
+    assert thresholded(values, 0.9).sum() == 1
+    two = torch.stack([values[0], values[0].flip(0) * 5])
+    masks = thresholded(two)
+    assert not (masks[0] & masks[1]).any() and masks[0].any() and masks[1].any()
+    assert not thresholded(torch.zeros(1, 2, 2)).any()
+    # the definition of Otsu's threshold: the cut with the least variance inside the two classes
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0)).double() ** 3
+    scaled = (values - values.min()) / (values.max() - values.min())
+    inside = {
+        float(cut): sum(part.var(correction=0) * len(part) for part in (scaled[scaled <= cut], scaled[scaled > cut]))
+        for cut in scaled.sort()[0][:-1]
+    }
+    assert torch.equal(thresholded(values.view(1, 5, 10)).flatten(), scaled > min(inside, key=inside.get))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load().pipe
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SMALL = dict(height=48, width=48, num_frames=1, num_inference_steps=2, guidance_scale=3.0)
+SUBJECTS = {"red circle": "a red circle", "blue square": "a big blue square"}
+PROMPTS = ["a red circle and a blue square", "a blue square and a white cross", "a green cross"]
+
+
+def test_pictures_are_those_of_the_method_with_the_masks_found(pipe):
+    made = consistent_images(pipe, SUBJECTS, PROMPTS, seed=5, **SMALL)
+    assert made.images.shape == (3, 1, 48, 48, 3) and made.references.shape == (2, 1, 48, 48, 3)
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(5)]
+    plain = pipe(prompt=[*SUBJECTS.values(), *PROMPTS], generator=generators, output_type="np", **SMALL).frames
+    assert np.array_equal(made.first, plain)  # looking changes nothing, and nothing is left behind
+    assert np.allclose(made.references, plain[:2], atol=1e-4) and np.allclose(made.images[2], plain[4], atol=1e-4)
+    assert not np.allclose(made.images[0], plain[2], atol=1e-2)
+    masks = made.method.target_masks
+    assert masks.shape == (3, 2, 1, 6, 6) and masks[0].any(-1).any() and not masks[1, 0].any() and not masks[2].any()
+    again = consistent_images(pipe, SUBJECTS, PROMPTS, (made.method.reference_masks, masks), seed=5, **SMALL)
+    assert np.array_equal(again.images, made.images) and again.first is None
+    assert again.report.calls["transformer"]["reposition"] == 2 * 2 * 3  # steps, guidance calls, later layers
+
+
+def test_words_are_found_where_they_stand(pipe):
+    ids = pipe.tokenizer("a red circle and a red square").input_ids
+    assert word_places(pipe.tokenizer, "a red circle and a red square", "red") == [1, 5]
+    assert word_places(pipe.tokenizer, "a red circle and a red square", "red square") == [5, 6]
+    assert word_places(pipe.tokenizer, "a red circle", "red square") == [] and len(ids) >= 7
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(subjects="red circle"), "subjects must be a list"),
+        (dict(prompts=[]), "prompts must be a list of at least one"),
+        (dict(prompts=[" "]), "strings with words"),
+        (dict(subjects=["green circle"]), "no prompt contains the words 'green circle'"),
+        (dict(subjects={"red circle": "a white cross"}), "reference prompt 'a white cross' does not contain"),
+        (dict(latents=torch.zeros(1)), "latents cannot be passed on"),
+        (dict(threshold=1.5), "threshold must be between 0 and 1"),
+        (dict(masks=torch.ones(3)), "masks must be the pair"),
+        (dict(masks=(torch.ones(1, 6, 6), torch.ones(2, 1, 6, 6))), "masks for 1 subjects in 2 pictures"),
+    ],
+)
+def test_bad_input(pipe, changes, message):
+    call = {"subjects": ["red circle"], "prompts": ["a red circle and a blue square"], **SMALL, **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        consistent_images(pipe, **call)
+    hooks = getattr(pipe.transformer, "_diffusers_hook", None)
+    assert hooks is None or not hooks.hooks
+
+
+def test_a_pipeline_without_its_text_encoder(pipe):
+    bare = type(pipe)(**{**pipe.components, "text_encoder": None})
+    with pytest.raises(ValueError, match="WanPipeline has no text_encoder"):
+        consistent_images(bare, ["red circle"], ["a red circle"], **SMALL)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from vision_attn.diffusion.attachment import denoisers, self_attention
-from vision_attn.diffusion.families import FAMILIES, Family, family_of
+from vision_attn.diffusion.attachment import denoisers
+from vision_attn.diffusion.families import Family
 from vision_attn.diffusion.hooks import RootHook
 from vision_attn.diffusion.installed import CROSS_ATTENTION, SELF_ATTENTION, Installed, refuse_or_replace
 from vision_attn.diffusion.method import Method
-from vision_attn.diffusion.subject_hooks import HOOK, CrossHook, SelfHook, State
+from vision_attn.diffusion.subject_hooks import HOOK, CrossHook, SelfHook, State, subject_layers
 from vision_attn.diffusion.subjects import as_masks
 
 SDXL_LAYERS, SDXL_FIRST = 70, 36  # self-attention layers of SDXL's U-Net, and the first that the authors reposition in
@@ -165,27 +165,6 @@ class Report:
             grids = ", ".join("x".join(map(str, grid)) for grid in self.grids[name]) or "not called yet"
             lines.append(f"{name}: grid {grids}; calls with " + ", ".join(f"{k} {n}" for k, n in counts.items()))
         return "\n".join(lines)
-
-
-def subject_layers(module: torch.nn.Module) -> tuple[Family, dict, dict[str, torch.nn.Module]]:
-    """The family of a denoiser, its self-attention as `self_attention` gives it, and its attention to the text.
-
-    Raises:
-        ValueError: a class without attention to the text as a layer of its own, or one with image prompts in it.
-    """
-    family = family_of(module, None)
-    if family.text != "none":
-        apart = ", ".join(name for name, each in FAMILIES.items() if each.text == "none" and not each.refuse)
-        raise ValueError(
-            f"{family.name} has one attention for text and image, and subjects are kept apart, moved and found by "
-            f"attention to the text alone, which {apart} have"
-        )
-    layers = self_attention(module, family)
-    names = [name.removesuffix("attn1") + "attn2" for name in layers]
-    crosses = {name: module.get_submodule(name) for name in names}
-    if any(getattr(layer, "add_k_proj", None) is not None for layer in crosses.values()):
-        raise ValueError(f"this {family.name} mixes an image prompt into its attention to the text; give one without")
-    return family, layers, crosses
 
 
 def first_layer(method: IRDiffusion, family: Family, names: list[str]) -> int:
