@@ -1,0 +1,239 @@
+"""The table of methods: what is measured, what it is compared with, and that runs go on where they stopped."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from vision_attn import attach  # noqa: E402
+from vision_attn.diffusion import evaluate, measures, results  # noqa: E402
+from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, RandomBlocks, Row, rows  # noqa: E402
+from vision_attn.diffusion.loading import BUILT_IN, load  # noqa: E402
+from vision_attn.kernels.patterns import Neighborhood, Radial  # noqa: E402
+from vision_attn.shapes.scene import BACKGROUND, COLORS  # noqa: E402
+
+
+def clip(places, side=48, half=8, color="red"):
+    """One frame per entry of `places`, which lists the left upper corners of squares."""
+    video = np.full((len(places), side, side, 3), BACKGROUND, np.uint8)
+    for frame, corners in zip(video, places, strict=True):
+        for x, y in corners:
+            frame[y : y + 2 * half, x : x + 2 * half] = COLORS[color]
+    return video
+
+
+def test_things_are_counted_against_the_caption():
+    one, two = [(2, 2)], [(2, 2), (28, 28)]
+    found = measures.measure(clip([one, two, [], two]), "a red square")
+    assert found["count_error"] == pytest.approx(3 / 4) and found["objects"] == pytest.approx(5 / 4)
+    assert measures.measure(clip([two, two]), "a red square and a red square")["count_error"] == 0
+
+
+def test_agreement_is_the_share_of_what_is_named():
+    moving = clip([[(2 + 2 * i, 10)] for i in range(8)])
+    expected = {"a red square moves right": 1, "a red square moves up": 2 / 3, "a blue cross moves right": 1 / 3}
+    for text, share in expected.items():
+        assert measures.measure(moving, text)["agreement"] == pytest.approx(share)
+
+
+def test_motion_is_the_way_per_frame():
+    right = measures.measure(clip([[(2 + 2 * i, 10)] for i in range(8)]), "a red square")
+    assert right["motion"] == pytest.approx(2 / 48)
+    there_and_back = measures.measure(clip([[(10, 10 + 3 * (i % 2))] for i in range(8)]), "a red square")
+    assert there_and_back["motion"] == pytest.approx(3 / 48)
+    assert measures.measure(clip([[(2, 2)]] * 4), "a red square")["motion"] == 0
+    assert measures.measure(clip([[]] * 4), "a red square")["motion"] == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_sharpness_is_the_height_of_an_edge_over_its_width(width):
+    ramp = np.clip((np.arange(32) - 10) / width, 0, 1) * 0.6
+    pixels = np.broadcast_to(ramp[None, None, :, None], (3, 20, 32, 3))
+    assert measures.sharpness(pixels) == pytest.approx(0.6 / width)
+    assert measures.sharpness(pixels.swapaxes(1, 2)) == pytest.approx(0.6 / width)
+    assert measures.sharpness(np.zeros((2, 8, 8, 3))) == 0
+
+
+def test_psnr():
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    assert measures.psnr(black + 10, black) == pytest.approx(20 * math.log10(25.5))
+    assert measures.psnr(black, black) == math.inf
+
+
+@pytest.mark.parametrize("like", [Neighborhood(window=(3, 5, 5)), Radial(decay=0.5, block=4, thin=8)])
+@pytest.mark.parametrize("grid", [(5, 6, 6), (3, 7, 5)])
+def test_random_blocks_are_as_many_as_the_pattern_has_pairs(like, grid):
+    drawn = RandomBlocks(like, grid).patterns(layers=3)
+    blocks = -(-math.prod(grid) // 6)
+    for pattern in drawn:
+        mask = pattern.mask(grid)
+        assert mask.diagonal().all()
+        assert abs(mask.float().mean().item() - like.density(grid)) < 1.5 / blocks
+    assert not torch.equal(drawn[0].mask(grid), drawn[1].mask(grid))
+    again = RandomBlocks(like, grid).patterns(layers=3)
+    assert all(torch.equal(a.mask(grid), b.mask(grid)) for a, b in zip(drawn, again, strict=True))
+
+
+def test_every_row_has_its_control_and_settings_of_its_own():
+    for size in SIZES.values():
+        mine = rows(size)
+        names = [row.name for row in mine]
+        assert names[:2] == [TRUTH, PLAIN] and len(set(names)) == len(names)
+        assert {row.control for row in mine} - {""} <= set(names)
+        settings = [json.dumps(row.to_dict(), sort_keys=True) for row in mine]
+        assert len(set(settings)) == len(settings)
+
+
+def test_every_method_for_video_has_a_row():
+    from vision_attn.diffusion.methods import _FILES
+
+    shown = {row.to_dict()["method"].get("method") for size in SIZES.values() for row in rows(size) if row.method}
+    elsewhere = {"linfusion", "ir-diffusion"}  # U-Nets only; several pictures of one subject
+    assert set(_FILES) - elsewhere <= shown
+
+
+def test_every_row_goes_into_the_built_in_model_and_out_again():
+    pipe = load(device="cpu").pipe
+    for size in SIZES.values():
+        for row in rows(size):
+            if row.method is not None:
+                attach(pipe, row.method).detach()
+    assert not hasattr(pipe.transformer, "_diffusers_hook")
+
+
+def scored(**values):
+    """Clips of as many prompts as there are values of each measure."""
+    count = len(next(iter(values.values())))
+    return {(i, 0): {"measures": {name: value[i] for name, value in values.items()}} for i in range(count)}
+
+
+def test_a_difference_needs_two_standard_errors():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 1, 12)
+    for shift in (0.1, 0.02, -0.1):
+        noise = rng.normal(0, 0.05, 12)
+        gain = shift + noise
+        sure = abs(gain.mean()) > 2 * gain.std(ddof=1) / math.sqrt(12)
+        found = results.differences(scored(agreement=base + gain), scored(agreement=base), {"agreement": 1.0})
+        assert found["better"] == (["agreement"] if sure and gain.mean() > 0 else [])
+        assert found["worse"] == (["agreement"] if sure and gain.mean() < 0 else [])
+    worse = results.differences(scored(count_error=base + 1), scored(count_error=base), {"count_error": 0.0})
+    assert worse == {"better": [], "worse": ["count error"]}
+
+
+def test_motion_is_better_nearer_to_the_truth():
+    fast, slow, right = ([value] * 6 for value in (0.9, 0.1, 0.4))
+    truth = {"motion": 0.45}
+    for other in (fast, slow):
+        assert results.differences(scored(motion=right), scored(motion=other), truth)["better"] == ["motion"]
+        assert results.differences(scored(motion=other), scored(motion=right), truth)["worse"] == ["motion"]
+
+
+def test_few_clips_say_nothing():
+    few = scored(agreement=[1.0] * 4)
+    assert results.differences(few, scored(agreement=[0.0] * 4), {"agreement": 1.0}) is None
+    many = scored(agreement=[1.0] * 9)
+    apart = {(i + 6, 0): clip for (i, _), clip in many.items()}
+    assert results.differences(many, apart, {"agreement": 1.0}) is None, "three clips in common"
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A run of three rows, one clip each, interrupted before the last."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    command = ["--cache", str(folder / "cache"), "--out", str(folder / "out"), "--sizes", "1x", "--rows", TRUTH, PLAIN]
+    command += ["neighborhood", "--prompts", "1", "--seeds", "1", "--steps", "2"]
+    return folder, command
+
+
+def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
+    folder, command = once
+    drawn, draw = [], evaluate.Artist.draw
+
+    def counted(self, size, row, *clip):
+        if row.name == "neighborhood" and not drawn.count("stop"):
+            drawn.append("stop")
+            raise KeyboardInterrupt
+        drawn.append(row.name)
+        draw(self, size, row, *clip)
+
+    monkeypatch.setattr(evaluate.Artist, "draw", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    assert drawn == [TRUTH, PLAIN, "stop"] and not (folder / "out").exists()
+    evaluate.main(command)
+    assert drawn[3:] == ["neighborhood", "random, as dense as neighborhood"]
+    evaluate.main(command)
+    assert len(drawn) == 5
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+    found = json.loads((folder / "out" / "results" / "evaluation.json").read_text())
+    by_name = {one["row"]: one for one in found["rows"]}
+    assert by_name[TRUTH]["agreement"] == [1.0, 0.0] and by_name[TRUTH]["seconds"] is None
+    assert by_name[PLAIN]["density"] == 1 and by_name[PLAIN]["seconds"] > 0 and "psnr" not in by_name[PLAIN]
+    assert by_name["neighborhood"]["density"] == round(Neighborhood(window=(3, 5, 5)).density((5, 6, 6)), 3)
+    assert 5 < by_name["neighborhood"]["psnr"][0] < 60
+    assert "too few clips" in (folder / "out" / "RESULTS.md").read_text()
+
+
+def test_the_noise_of_a_clip_is_that_of_its_prompt_and_seed(once, tmp_path):
+    folder, command = once
+    args = (SIZES["1x"], Row(PLAIN), 0, 0)
+    text = evaluate.fresh_prompts(seed=8, count=1)[0]
+    cache = evaluate.Cache(tmp_path, BUILT_IN, 2)
+    artist = evaluate.Artist(cache, BUILT_IN)
+    artist.draw(*args, text)
+    artist.draw(SIZES["1x"], Row(PLAIN), 0, 1, text)
+    assert np.array_equal(cache.video(*args), evaluate.Cache(folder / "cache", BUILT_IN, 2).video(*args))
+    assert not np.array_equal(cache.video(*args), cache.video(SIZES["1x"], Row(PLAIN), 0, 1))
+
+
+def test_clips_of_other_settings_are_other_clips(tmp_path):
+    cache, size = evaluate.Cache(tmp_path, BUILT_IN, 2), SIZES["1x"]
+    window = Row("a", Neighborhood(window=(3, 5, 5)))
+    paths = {
+        cache.path(size, window, 0, 0),
+        cache.path(size, Row("a", Neighborhood(window=(3, 5, 3))), 0, 0),
+        cache.path(size, Row("a", window.method, "upscale"), 0, 0),
+        cache.path(SIZES["2x-long"], window, 0, 0),
+        cache.path(size, window, 1, 0),
+        cache.path(size, window, 0, 1),
+        evaluate.Cache(tmp_path, BUILT_IN, 3).path(size, window, 0, 0),
+    }
+    assert len(paths) == 7
+    assert cache.path(size, Row("another name", window.method), 0, 0) in paths
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"others")
+    assert evaluate.Cache(tmp_path, tmp_path / "model", 2).path(size, window, 0, 0) not in paths
+
+
+def test_a_clip_is_measured_again_when_the_measures_changed(tmp_path, monkeypatch):
+    cache, args = evaluate.Cache(tmp_path, BUILT_IN, 2), (SIZES["2x-long"], Row(PLAIN), 0, 0)
+    cache.store(args, clip([[(2, 2)]] * 2), {"seconds": 1.0, "density": 1.0})
+    assert cache.record(*args, "a red square")["measures"]["count_error"] == 0
+    assert cache.record(*args, "a red square and a red square")["measures"]["count_error"] == 0, "kept"
+    monkeypatch.setattr(evaluate, "_MEASURED_BY", "something else")
+    assert cache.record(*args, "a red square and a red square")["measures"]["count_error"] == 1
+
+
+def test_a_clip_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    cache, args = evaluate.Cache(tmp_path, BUILT_IN, 2), (SIZES["1x"], Row(PLAIN), 0, 0)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError):
+        cache.store(args, clip([[]]), {})
+    assert not cache.has(*args) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("words, told", [(["--rows", "tea"], "neighborhood"), (["--seeds", "0"], "at least 1")])
+def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, words, told):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--cache", str(tmp_path), *words])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
