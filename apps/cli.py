@@ -17,6 +17,7 @@ from vision_attn.apps.pattern_options import nearest
 # Command -> the module that holds a click command of that name (with _ for -). Read only when it is called.
 COMMANDS = {
     "generate": "Draw videos or images from prompts with a diffusers pipeline.",
+    "upscale": "Draw videos larger than a model was trained on, or enlarge one.",
     "calibrate": "Find the cheapest patterns that keep what a pipeline looks at, as a preset.",
     "explain": "Say which backends can compute a pattern, how sparse it is, and the speed-up to expect.",
     "simulate": "Bounds by tile pair, bytes moved and a predicted time of a pattern on a device.",
