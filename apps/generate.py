@@ -11,6 +11,8 @@ import click
 from vision_attn.apps.pattern_options import PatternName, check_options, pattern_options
 
 SEEDS = 2**32 - 1
+# Spelled out so that --help need not import torch; none is the untouched model.
+EXTENDERS = ("ultravico", "riflex", "pi", "ntk", "yarn", "tasr", "none")
 
 
 @click.command()
@@ -27,10 +29,13 @@ SEEDS = 2**32 - 1
     metavar="NAME",
     help="Who sees whom; names above.",
 )
+@click.option("--preset", metavar="NAME_OR_FILE", help="Attention by a name of `vision-attn presets`, or from a file.")
 @click.option("--dense-steps", type=click.IntRange(0), help="First steps that stay dense.")
 @click.option("--dense-layers", type=click.IntRange(0), help="First layers that stay dense.")
 @click.option("--compare", is_flag=True, help="Also draw with dense attention and the same noise, and compare.")
 @click.option("--frames", type=int, help="Frames of a video, 4n+1 for most models; 1 draws an image.")
+@click.option("--times", type=float, help="Length of the video, in times the length of the model's own.")
+@click.option("--extend", type=click.Choice(EXTENDERS), help="How --times is reached; ultravico unless given.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--width", type=int, help="Pixels.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
@@ -57,9 +62,12 @@ def generate(
     overwrite: bool,
     model: str | None,
     attention: str,
+    preset: str | None,
     dense_steps: int | None,
     dense_layers: int | None,
     compare: bool,
+    times: float | None,
+    extend: str | None,
     seed: int,
     device: str,
     dtype: str,
@@ -81,6 +89,8 @@ def generate(
       vision-attn generate --prompts prompts.txt -o out/ --attention neighborhood --window 3,5,5 --dense-steps 2
       vision-attn generate "a cat on a skateboard" -o out/ --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
           --attention radial --dense-steps 12 --dense-layers 1 --device cuda
+      vision-attn generate "a red circle moves right" -o out/ --times 4 --extend riflex --attention radial
+      vision-attn generate "a red circle moves right" -o out/ --preset calibrated.json
     """
     texts = read_prompts(prompts, prompts_file)
     if seed + len(texts) - 1 > SEEDS:
@@ -88,15 +98,17 @@ def generate(
     guidance = typed["guidance"]
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise click.UsageError(f"--guidance: got {guidance}; give a number of at least 0, usually 1 to 10.")
+    train_frames = options.pop("train_frames", None) if times is not None and attention != "length-decay" else None
     check_options(attention, options)
-    if attention == "dense":
-        for name, value in (
-            ("--dense-steps", dense_steps),
-            ("--dense-layers", dense_layers),
-            ("--compare", compare or None),
-        ):
+    extend = _extend(times, extend, typed["frames"], preset or ("" if attention == "dense" else attention))
+    if preset is not None and (attention != "dense" or options):
+        raise click.UsageError("--preset brings its own attention; leave --attention and its options out.")
+    if attention == "dense" and preset is None:
+        for name, value in (("--dense-steps", dense_steps), ("--dense-layers", dense_layers)):
             if value is not None:
                 raise click.UsageError(f"{name} needs a sparse attention; add for example --attention radial.")
+        if compare and extend == "none":
+            raise click.UsageError("--compare needs a sparse attention; add for example --attention radial.")
 
     from vision_attn.apps import job as jobs
     from vision_attn.apps.files import check_new, writable_folder
@@ -111,6 +123,10 @@ def generate(
         dense_layers=dense_layers,
         with_dense=compare,
         output=output,
+        preset=preset,
+        times=times,
+        extend=extend,
+        train_frames=train_frames,
     )
     number = None if dtype == "auto" else dtype
     try:
@@ -139,6 +155,23 @@ def generate(
         raise KeyboardInterrupt(f"{done}; nothing was left half-written in {output}.") from None
     if as_json:
         click.echo(jobs.dump({"results": records}))
+
+
+def _extend(times: float | None, extend: str | None, frames: int | None, attention: str) -> str:
+    """How a longer video is drawn; raises click.UsageError for options that do not go together."""
+    if times is None:
+        if extend is not None:
+            raise click.UsageError("--extend goes with --times, for example --times 4.")
+        return "none"
+    if frames is not None:
+        raise click.UsageError("--times and --frames both say how long the video is; give one.")
+    extend = extend or "ultravico"
+    if extend == "ultravico" and attention:
+        others = ", ".join(EXTENDERS[1:-1])
+        raise click.UsageError(
+            f"--extend ultravico changes the same attention as {attention}; add --extend with one of {others} or none."
+        )
+    return extend
 
 
 def need(*modules: str) -> None:
@@ -176,15 +209,19 @@ def read_prompts(typed: tuple[str, ...], file: str | None) -> list[str]:
 
 def describe(record: dict[str, Any]) -> str:
     """The lines printed for one result."""
-    name = record["attention"]["pattern"]
+    name = record["name"]
     lines = [f"{record['prompt']} (seed {record['seed']}, {record['frames']} x {record['height']} x {record['width']})"]
     lines += [f"  {kind:<13} {path}" for kind, path in record["files"].items()]
-    chosen = " ".join(f"{key}={value}" for key, value in record["attention"].items() if key != "pattern")
-    lines.append(f"  {'attention':<13} {name} {chosen}".rstrip())
-    kept = [d["kept"] for d in record["report"]["denoisers"] if d["kept"] is not None] if record["report"] else []
+    for kind, called in (("attention", "pattern"), ("extend", "name")):
+        chosen = {key: value for key, value in record.get(kind, {}).items() if value is not None and key != "settings"}
+        if chosen:
+            shown = " ".join([chosen.pop(called), *(f"{key}={value}" for key, value in chosen.items())])
+            lines.append(f"  {kind:<13} {shown}")
+    reports = [record[key] for key in ("report", "extend_report") if record.get(key)]
+    kept = [d["kept"] for report in reports for d in report["denoisers"] if d.get("kept") is not None]
     density = f", {max(kept):.1%} of the query-key pairs computed" if kept else ""
     lines.append(f"  {name:<13} {record['seconds']:.2f} s{density}")
-    lines += [f"  {'warning':<13} {text}" for text in record["report"]["warnings"]] if record["report"] else []
+    lines += [f"  {'warning':<13} {text}" for report in reports for text in report.get("warnings", ())]
     if "comparison" in record:
         result = record["comparison"]
         lines.append(f"  {'dense':<13} {record['dense_seconds']:.2f} s, speed-up by {name} {result['speedup']:.2f}x")

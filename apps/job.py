@@ -13,17 +13,21 @@ from vision_attn.apps import media
 from vision_attn.apps.files import atomic, slug
 from vision_attn.apps.pattern_options import build_pattern
 from vision_attn.apps.sampling import Attachment, Sample, call_arguments, compare, sample, warm_up
+from vision_attn.diffusion.lengths import check_positions
 from vision_attn.diffusion.loading import LoadedPipeline, ModelInfo, SizeError, inspect_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Everything but the prompts. `settings` holds frames, height, width, steps, guidance, max_sequence_length and
-    negative; None is left to the pipeline."""
+    negative; None is left to the pipeline. `described` is what records say of the attachment, `name` what results call
+    it."""
 
     info: ModelInfo
     settings: dict[str, Any]
     attachment: Attachment | None
+    described: dict[str, Any]
+    name: str
     compare: bool
     output: Path
 
@@ -41,18 +45,26 @@ class Job:
 def plan(
     model: str | None,
     attention: str,
-    options: dict[str, Any],
+    typed_options: dict[str, Any],
     typed: dict[str, Any],
     *,
     dense_steps: int | None,
     dense_layers: int | None,
     with_dense: bool,
     output: Path,
+    preset: str | None = None,
+    times: float | None = None,
+    extend: str = "none",
+    train_frames: int | None = None,
 ) -> Job:
     """Check sizes, pattern and schedule against the JSON files of the model.
 
     Args:
         typed: frames, height, width, steps, guidance, negative as typed, None where the model decides.
+        preset: name or file, in place of `attention`.
+        times: length over the trained one, in place of frames.
+        extend: how a longer video is drawn, a name that `extend_video` takes.
+        train_frames: latent frames of the trained length, where it is not the model's own number of frames.
 
     Raises:
         LoadError: the model cannot be used.
@@ -63,22 +75,72 @@ def plan(
         key: info.defaults.get(key) for key in ("frames", "height", "width", "steps", "guidance", "max_sequence_length")
     }
     settings = {**defaults, **{key: value for key, value in typed.items() if value is not None or key not in defaults}}
+    extension, described = None, {}
+    if times is not None:
+        settings["frames"], extension = _longer(info, times, extend, train_frames)
+        chosen = extension.to_dict() if extension else {}
+        described["extend"] = {"name": extend, **chosen, "times": times}
+        described["extend"].pop("method", None)
     try:
         grid = info.grid(settings["frames"], settings["height"], settings["width"])
     except SizeError as error:
         raise click.UsageError(f"--{error}") from error
-    suggested = dict((info.defaults.get("attention") or {}).get(attention) or {})
     schedule = {"dense_steps": dense_steps, "dense_layers": dense_layers}
-    schedule = {key: suggested.pop(key, 0) if value is None else value for key, value in schedule.items()}
-    pattern = build_pattern(attention, options, grid, _cut(suggested, grid))
-    if attention == "dense":
-        return Job(info, settings, None, with_dense, output)
-    if settings["steps"] is not None and schedule["dense_steps"] >= settings["steps"]:
+    if preset is not None:
+        part, options = _preset(preset, grid, settings["steps"], schedule), {}
+        described["attention"] = {"pattern": "preset", "preset": preset, **part.options, "settings": part.to_dict()}
+    else:
+        suggested = dict((info.defaults.get("attention") or {}).get(attention) or {})
+        options = {key: suggested.pop(key, 0) if value is None else value for key, value in schedule.items()}
+        part = build_pattern(attention, typed_options, grid, _cut(suggested, grid))
+        described["attention"] = part.to_dict()
+        if attention == "dense":
+            part, options = None, {}
+        described["attention"].update(options)
+    dense, name = described["attention"].get("dense_steps", 0), preset or attention
+    if settings["steps"] is not None and dense >= settings["steps"]:
         raise click.UsageError(
-            f"--dense-steps {schedule['dense_steps']} of {settings['steps']} steps leaves none for {attention}; "
-            "use fewer, or --attention dense"
+            f"--dense-steps {dense} of {settings['steps']} steps leaves none for {name}; use fewer, or --attention "
+            "dense"
         )
-    return Job(info, settings, Attachment(pattern, **schedule), with_dense, output)
+    names = [*([name] if part else []), *([extend] if extension else [])]
+    attachment = Attachment(part, options, extension) if names else None
+    return Job(info, settings, attachment, described, " + ".join(names) or "dense", with_dense, output)
+
+
+def _longer(info: ModelInfo, times: float, extend: str, train_frames: int | None) -> tuple[int, Any | None]:
+    """Frames of a video so many times as long as the model's own, and the method for it, if any."""
+    from vision_attn.diffusion.extend import extension
+    from vision_attn.diffusion.lengths import frames_of, tokens_of
+
+    if not info.video:
+        raise click.UsageError(f"--times: {info.family.name} draws single images; leave it out.")
+    frames = info.defaults.get("frames")
+    if train_frames is None and frames is None:
+        raise click.UsageError("--times: the model does not say how long its videos are; add --train-frames.")
+    trained = tokens_of(info.token, frames) if train_frames is None else train_frames
+    try:
+        parts = extension(extend, times, trained)
+    except ValueError as error:
+        raise click.UsageError(f"--times {times:g}: {error}") from error
+    return frames_of(info.token, round(trained * times)), parts[0] if parts else None
+
+
+def _preset(name: str, grid: tuple[int, ...] | None, steps: int | None, schedule: dict[str, int | None]) -> Any:
+    """A preset from a file, or a published one fitted to the grid and the number of steps."""
+    from vision_attn.diffusion import Preset
+    from vision_attn.diffusion.published import fit_preset, preset
+
+    try:
+        if name.endswith(".json") or Path(name).is_file():
+            found = Preset.load(name)
+        else:
+            published = preset(name)
+            found = fit_preset(published, grid or published.grid, steps=steps if published.steps else None)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(f"--preset: {error}") from error
+    typed = {key: value for key, value in schedule.items() if value is not None}
+    return dataclasses.replace(found, options={**found.options, **typed})
 
 
 def _cut(suggested: dict[str, Any], grid: tuple[int, ...] | None) -> dict[str, Any]:
@@ -91,10 +153,12 @@ def prepare(job: Job, loaded: LoadedPipeline, prompt: str, bar: str) -> dict[str
     """Check what only the loaded model can tell, warm up where times count, and return the arguments of its call."""
     try:
         arguments = call_arguments(loaded.pipe, job.settings)
+        grid = job.info.grid(*(job.settings[name] for name in ("frames", "height", "width")))
+        if job.info.video and grid:
+            check_positions(loaded.pipe.transformer, grid[0])
         if job.attachment:
-            from vision_attn import attach
-
-            attach(loaded.pipe, job.attachment.pattern, **job.attachment.schedule).detach()
+            with job.attachment.attached(loaded.pipe):
+                pass
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     if job.compare:
@@ -109,8 +173,6 @@ def run(
     made = sample(loaded, prompt, seed, arguments, job.attachment, bar)
     dense = sample(loaded, prompt, seed, arguments, None, bar and f"{bar}, dense") if job.compare else None
     frames, height, width = made.frames.shape[:3]
-    pattern = job.attachment.pattern.to_dict() if job.attachment else {"pattern": "dense"}
-    schedule = job.attachment.schedule if job.attachment else {}
     record = {
         "prompt": prompt,
         "seed": seed,
@@ -121,7 +183,8 @@ def run(
         "fps": job.info.defaults.get("fps"),
         "model": "built-in shapes-video" if job.info.built_in else job.info.source,
         "pipeline": job.info.pipeline,
-        "attention": {**pattern, **schedule},
+        "name": job.name,
+        **job.described,
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": versions(),
@@ -129,26 +192,27 @@ def run(
     embedded = dict(record)
     record["seconds"] = made.seconds
     record["warmed_up"] = job.compare
-    record["report"] = made.report
+    record["report"] = made.reports.get("attention")
+    if "extension" in made.reports:
+        record["extend_report"] = made.reports["extension"]
     if dense:
         record["dense_seconds"] = dense.seconds
         record["comparison"] = {"speedup": dense.seconds / made.seconds, **compare(dense.frames, made.frames)}
     paths = job.files(prompt, seed)
     record["files"] = {key: str(path) for key, path in paths.items()}
-    _write(job, paths, made, dense, embedded, pattern["pattern"])
+    _write(job, paths, made, dense, embedded)
     with atomic(paths["settings"]) as partial:
         partial.write_text(dump(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
-def _write(
-    job: Job, paths: dict[str, Path], made: Sample, dense: Sample | None, settings: dict[str, Any], attention: str
-) -> None:
-    rows = {f"{attention}, {made.seconds:.1f} s": made.frames}
+def _write(job: Job, paths: dict[str, Path], made: Sample, dense: Sample | None, settings: dict[str, Any]) -> None:
+    rows = {f"{job.name}, {made.seconds:.1f} s": made.frames}
     results = [("", made, settings)]
     if dense:
         rows = {f"dense, {dense.seconds:.1f} s": dense.frames, **rows}
-        results.append(("dense ", dense, settings | {"attention": {"pattern": "dense"}}))
+        plain = {key: value for key, value in settings.items() if key != "extend"}
+        results.append(("dense ", dense, plain | {"attention": {"pattern": "dense"}}))
     for prefix, result, embedded in results:
         if f"{prefix}picture" in paths:
             media.write_picture(paths[f"{prefix}picture"], result.frames[0], embedded)

@@ -111,7 +111,7 @@ _OPTIONS = [
     click.option("--no-sink", is_flag=True, help="radial: it does not."),
     click.option("--rule", help="radial: token (exact) or block (as published)."),
     click.option("--thin", type=int, help="radial: far frames are skipped below this width; 0 keeps all."),
-    click.option("--train-frames", type=int, help="length-decay: latent frames that the model was trained on."),
+    click.option("--train-frames", type=int, help="length-decay, --times: latent frames the model was trained on."),
     click.option("--alpha", type=NUMBERS, help="length-decay: multiplier of distant scores; near,far with --shape."),
     click.option("--beta", type=float, help="length-decay: multiplier where the model repeats itself."),
     click.option("--period", type=float, help="length-decay: latent frames after which it repeats itself."),

@@ -1,8 +1,10 @@
-"""Run a pipeline once, with or without a pattern, and compare two results."""
+"""Run a pipeline once, with or without something attached, and compare two results."""
 
 import inspect
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,29 +13,48 @@ import torch
 from vision_attn.diffusion.loading import LoadedPipeline
 
 if TYPE_CHECKING:
+    from vision_attn.diffusion.method import Method, Preset
     from vision_attn.kernels.patterns import Pattern
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A pattern and where it stays dense, as `attach` takes them."""
+    """What is put into a pipeline: attention with options of `attach`, and a method for longer videos; None for one
+    of them that is not wanted."""
 
-    pattern: "Pattern"
-    dense_steps: int = 0
-    dense_layers: int = 0
+    attention: "Pattern | Preset | None" = None
+    options: dict[str, Any] = field(default_factory=dict)
+    extension: "Method | None" = None
 
-    @property
-    def schedule(self) -> dict[str, int]:
-        return {"dense_steps": self.dense_steps, "dense_layers": self.dense_layers}
+    @contextmanager
+    def attached(self, pipe: Any) -> Iterator[dict[str, Any]]:
+        """The runs by the name of the field, until the block ends."""
+        from vision_attn import attach
+
+        parts = {"attention": (self.attention, self.options), "extension": (self.extension, {})}
+        with ExitStack() as stack:
+            yield {
+                name: stack.enter_context(attach(pipe, part, **options))
+                for name, (part, options) in parts.items()
+                if part is not None
+            }
+
+    def from_the_first_step(self) -> "Attachment":
+        """The same without dense steps."""
+        none = {"dense_steps": 0, "dense_last_steps": 0}
+        if self.attention is not None and hasattr(self.attention, "options"):
+            preset = replace(self.attention, options={**self.attention.options, **none})
+            return replace(self, attention=preset)
+        return replace(self, options={**self.options, **none} if self.attention is not None else {})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Frames uint8 `[frames, height, width, 3]`, seconds of the whole call, and the report of the attachment."""
+    """Frames uint8 `[frames, height, width, 3]`, seconds of the whole call, and the reports of what was attached."""
 
     frames: np.ndarray
     seconds: float
-    report: dict[str, Any] | None
+    reports: dict[str, dict[str, Any]]
 
 
 def call_arguments(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -82,19 +103,14 @@ def sample(
     loaded.pipe.set_progress_bar_config(disable=not bar, desc=bar)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = time.perf_counter()
-    if attachment is None:
-        out, report = loaded.pipe(prompt, generator=generator, output_type="np", **arguments), None
-    else:
-        from vision_attn import attach
-
-        with attach(loaded.pipe, attachment.pattern, **attachment.schedule) as run:
-            out = loaded.pipe(prompt, generator=generator, output_type="np", **arguments)
-        report = run.report.to_dict()
+    with (attachment or Attachment()).attached(loaded.pipe) as runs:
+        out = loaded.pipe(prompt, generator=generator, output_type="np", **arguments)
+    reports = {name: run.report.to_dict() for name, run in runs.items()}
     seconds = time.perf_counter() - start
     pixels = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[:1], dtype=np.float32)
     if not np.isfinite(pixels).all():
         raise RuntimeError(f"the model produced NaN in {loaded.dtype}; use --dtype float32 or bfloat16")
-    return Sample((pixels.clip(0, 1) * 255).round().astype(np.uint8), seconds, report)
+    return Sample((pixels.clip(0, 1) * 255).round().astype(np.uint8), seconds, reports)
 
 
 def warm_up(
@@ -104,7 +120,7 @@ def warm_up(
     short = arguments | {"num_inference_steps": min(2, arguments.get("num_inference_steps", 2))}
     for attachment in attachments:
         if attachment is not None:
-            attachment = Attachment(attachment.pattern, 0, attachment.dense_layers)
+            attachment = attachment.from_the_first_step()
         sample(loaded, prompt, 0, short, attachment, bar)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import math
 from typing import Any
 
 import numpy as np
 
 from vision_attn.diffusion.attachment import attach, denoisers
 from vision_attn.diffusion.families import Family, family_of
-from vision_attn.diffusion.lengths import folder_defaults, require_video, trained_frames
+from vision_attn.diffusion.lengths import (
+    check_positions,
+    folder_defaults,
+    frames_of,
+    require_video,
+    trained_frames,
+)
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.methods import method_class
 from vision_attn.diffusion.methods.ultravico import check_times
@@ -77,7 +82,9 @@ def extend_video(
     parts = extension(method, times, train_frames)
     known = [train_frames, *(getattr(part, "train_frames", None) for part in parts)]
     trained = next((frames for frames in known if frames), None) or trained_frames(module, family)
-    count = frames_of(pipe, module, family, round(trained * times))
+    tokens = round(trained * times)
+    check_positions(module, tokens)
+    count = frames_of(SIZES[family.name].token(dict(pipe.vae.config), dict(module.config)), tokens)
     said = folder_defaults(module)
     arguments = inspect.signature(type(pipe).__call__).parameters
     own = {name: said[key] for key, name in _DEFAULTS.items() if key in said and name in arguments}
@@ -120,22 +127,6 @@ def extension(
     if not all(isinstance(part, (Method, Pattern)) for part in parts):
         raise TypeError(f"method must be one of {', '.join(EXTENDERS)}, or what attach() takes; got {method!r}")
     return parts
-
-
-def frames_of(pipe: Any, module: Any, family: Family, tokens: int) -> int:
-    """Frames of a video that has so many latent frames, in tokens.
-
-    Raises:
-        ValueError: the model has no positions for so many.
-    """
-    config = module.config
-    positions = config.get("rope_max_seq_len") or math.inf
-    if config.get("max_size"):
-        positions = max(config.max_size) // config.patch_size[0]
-    if tokens > positions:
-        raise ValueError(f"{type(module).__name__} has positions for {positions} latent frames; got {tokens}")
-    latent, per_token, *_ = SIZES[family.name].token(dict(pipe.vae.config), dict(config))
-    return (tokens * per_token - 1) * latent + 1
 
 
 def _check(pipe: Any, prompt: Any, call: dict[str, Any]) -> tuple[Family, Any]:

@@ -57,8 +57,7 @@ def trained_frames(module: torch.nn.Module, family: Family) -> int:
     frames = folder_defaults(module).get("frames")
     if frames is not None:
         vae = _read(Path(config._name_or_path).parent / "vae" / "config.json")
-        latent, per_token, *_ = SIZES[family.name].token(vae, dict(config))
-        return -(-((frames - 1) // latent + 1) // per_token)
+        return tokens_of(SIZES[family.name].token(vae, dict(config)), frames)
     if getattr(config, "sample_frames", None):
         latents = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
         return -(-latents // (config.patch_size_t or 1))
@@ -68,6 +67,32 @@ def trained_frames(module: torch.nn.Module, family: Family) -> int:
             "latent frames of one of them"
         )
     return LENGTHS[family.name].frames
+
+
+def tokens_of(token: tuple[int, ...], frames: int) -> int:
+    """Latent frames, in tokens, of a video; `token` starts with frames per latent frame and latent frames per token.
+
+    >>> tokens_of((4, 1, 16, 16), 81), frames_of((4, 1, 16, 16), 42)
+    (21, 165)
+    """
+    latent, per_token, *_ = token
+    return -(-((frames - 1) // latent + 1) // per_token)
+
+
+def frames_of(token: tuple[int, ...], tokens: int) -> int:
+    """Frames of a video of so many latent frames, in tokens."""
+    latent, per_token, *_ = token
+    return (tokens * per_token - 1) * latent + 1
+
+
+def check_positions(module: torch.nn.Module, tokens: int) -> None:
+    """Raise ValueError when a denoiser has no positions for so many latent frames, in tokens."""
+    config = module.config
+    most = config.get("rope_max_seq_len")
+    if config.get("max_size"):
+        most = max(config.max_size) // config.patch_size[0]
+    if most and tokens > most:
+        raise ValueError(f"{type(module).__name__} has positions for {most} latent frames; got {tokens}")
 
 
 def folder_defaults(module: torch.nn.Module) -> dict[str, Any]:

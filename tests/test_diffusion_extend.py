@@ -15,9 +15,10 @@ from diffusion_models import MODELS  # noqa: E402
 
 from vision_attn import Neighborhood, attach  # noqa: E402
 from vision_attn.diffusion import NTK, PI, RIFLEx, UltraViCo, YaRN, extend_video, no_repeat  # noqa: E402
-from vision_attn.diffusion.extend import EXTENDERS, extension, frames_of  # noqa: E402
-from vision_attn.diffusion.families import FAMILIES  # noqa: E402
+from vision_attn.diffusion.extend import EXTENDERS, extension  # noqa: E402
+from vision_attn.diffusion.lengths import frames_of, tokens_of  # noqa: E402
 from vision_attn.diffusion.loading import load  # noqa: E402
+from vision_attn.diffusion.sizes import FAMILIES  # noqa: E402
 from vision_attn.diffusion.tiny import pipeline  # noqa: E402
 
 DEFAULTS = {"height": 16, "width": 32, "frames": 5, "steps": 2, "guidance": 2.0, "max_sequence_length": 16}
@@ -84,16 +85,17 @@ def test_lengths_batches_and_settings(pipe):
 
 def test_frames_of_published_models():
     """(F0 s - 1) c + 1 with each family's compression of time."""
-    vaes = {
-        "Wan": {},
-        "HunyuanVideo": {},
-        "CogVideoX": {"block_out_channels": [1] * 4, "temporal_compression_ratio": 4},
+    cog = {"block_out_channels": [1] * 4, "temporal_compression_ratio": 4}
+    cases = {
+        "WanTransformer3DModel": ({}, {}, 81, 21, 249),
+        "HunyuanVideoTransformer3DModel": ({}, {"patch_size_t": 1}, 129, 33, 393),
+        "CogVideoXTransformer3DModel": (cog, {}, 49, 13, 153),
     }
-    wanted = {"Wan": (63, 249), "HunyuanVideo": (66, 261), "CogVideoX": (26, 101)}
-    for name, (tokens, frames) in wanted.items():
-        family = FAMILIES[f"{name}Transformer3DModel"]
-        module = MODELS[family.name].build()
-        assert frames_of(SimpleNamespace(vae=SimpleNamespace(config=vaes[name])), module, family, tokens) == frames
+    for name, (vae, net, frames, tokens, tripled) in cases.items():
+        token = FAMILIES[name].token(vae, net)
+        assert (tokens_of(token, frames), frames_of(token, 3 * tokens)) == (tokens, tripled)
+    two = FAMILIES["CogVideoXTransformer3DModel"].token(cog, {"patch_size_t": 2})
+    assert (tokens_of(two, 81), frames_of(two, 22)) == (11, 173)  # 22 frames of 2 latent ones
 
 
 def test_names():
