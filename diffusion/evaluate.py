@@ -81,7 +81,7 @@ class Cache:
         record = json.loads(self.path(*clip).read_text())
         if record.get("measured_by") != _MEASURED_BY:
             video = self.video(*clip)
-            record["measures"] = measures.measure(video, text)
+            record["measures"] = measures.measure(video, text, SIZES["1x"].frames)
             if size is SIZES["1x"] and row.way == "draw" and row.name != PLAIN:
                 plain = (size, Row(PLAIN), prompt, seed)
                 record["measures"]["psnr"] = measures.psnr(video, self.video(*plain))

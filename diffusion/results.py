@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size, rows
+from vision_attn.diffusion.measures import SAME
 
 # measure -> heading, and the sense in which it is better: 1 more, -1 less, 0 nearer to the truth.
 MEASURES = {
     "agreement": ("agreement", 1),
     "count_error": ("count error", -1),
+    "no_repeat": ("no repeat", 1),
     "motion": ("motion", 0),
     "sharpness": ("sharpness", 0),
 }
@@ -28,15 +30,14 @@ def summarize(cache: Any, texts: list[str], seeds: int) -> list[dict[str, Any]]:
     for size in SIZES.values():
         records = {row.name: dict(_records(cache, size, row, texts, seeds)) for row in rows(size)}
         truth = {
-            name: float(np.mean([clip["measures"][name] for clip in records[TRUTH].values()]))
-            for name in MEASURES if records[TRUTH]
-        }  # fmt: skip
+            name: float(np.mean(values)) for name in MEASURES if (values := _values(name, records[TRUTH].values()))
+        }
         for row in rows(size):
             clips = records[row.name]
             if not clips:
                 continue
             names = sorted({name for clip in clips.values() for name in clip["measures"]})
-            means = {name: _mean([clip["measures"][name] for clip in clips.values()]) for name in names}
+            means = {name: _mean(_values(name, clips.values())) for name in names}
             one = {"size": size.name, "row": row.name, "clips": len(clips), "control": row.control, **means}
             for name, middle in (("density", np.mean), ("seconds", np.median)):
                 values = [clip[name] for clip in clips.values() if clip[name] is not None]
@@ -54,6 +55,10 @@ def _records(cache: Any, size: Size, row: Row, texts: list[str], seeds: int) -> 
         for prompt, text in enumerate(texts):
             if cache.has(size, row, prompt, seed):
                 yield (prompt, seed), cache.record(size, row, prompt, seed, text)
+
+
+def _values(name: str, clips: Iterable[dict]) -> list[float]:
+    return [clip["measures"][name] for clip in clips if name in clip["measures"]]
 
 
 def _mean(values: list[float]) -> list[float]:
@@ -77,9 +82,10 @@ def differences(clips: dict, others: dict, truth: dict[str, float]) -> dict[str,
         return None
     verdict: dict[str, list[str]] = {"better": [], "worse": []}
     for name, (heading, sense) in MEASURES.items():
-        if name not in truth or not all(name in side[clip]["measures"] for clip in common for side in (clips, others)):
+        both = [clip for clip in common if all(name in side[clip]["measures"] for side in (clips, others))]
+        if name not in truth or len(both) < ENOUGH:
             continue
-        mine, theirs = (np.array([side[clip]["measures"][name] for clip in common]) for side in (clips, others))
+        mine, theirs = (np.array([side[clip]["measures"][name] for clip in both]) for side in (clips, others))
         if sense == 0:
             gain = np.abs(theirs - truth[name]) - np.abs(mine - truth[name])
         else:
@@ -120,6 +126,9 @@ mechanics and directions. It says nothing about the quality of these methods on 
 - **agreement**: share of what the caption names (colour, shape, direction) that the judge sees.
 - **count error**: things too many or too few, mean over the frames. Twice the size drawn without a remedy shows several
   things where one was asked for.
+- **no repeat**: the NoRepeat score of UltraViCo, 0 for a clip that shows its beginning again, 100 for one that never
+  does, over the clips that do not stand still; frames count as the same up to a distance of {same:g} of 255. A thing at
+  rest looks repeated, so true clips do not reach 100 either.
 - **motion**: way of the thing per frame, in % of the frame's side. True things slow down and come to rest, so longer
   clips have less.
 - **sharpness**: height of edges over their width, 1 for a step from black to white within a pixel.
@@ -138,17 +147,17 @@ The number after +- is the standard error of the mean. One clip of each row: [ev
 
 def page(found: dict[str, Any]) -> str:
     """RESULTS.md from what `summarize` found."""
-    parts = [_INTRODUCTION.format(**found)]
+    parts = [_INTRODUCTION.format(**found, same=SAME)]
     for size in SIZES.values():
         mine = [one for one in found["rows"] if one["size"] == size.name]
         if not mine:
             continue
-        scored = ["psnr"] * any("psnr" in one for one in mine)
-        heads = ["", "clips", *(heading for heading, _ in MEASURES.values()), *(["PSNR"] * len(scored))]
+        shown = [name for name in (*MEASURES, "psnr") if any(name in one for one in mine)]
+        heads = ["", "clips", *(MEASURES[name][0] if name in MEASURES else "PSNR" for name in shown)]
         heads += ["density", "seconds", "against plain", "against control"]
         lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
         for one in mine:
-            cells = [one["row"], str(one["clips"]), *(_cell(name, one.get(name)) for name in [*MEASURES, *scored])]
+            cells = [one["row"], str(one["clips"]), *(_cell(name, one.get(name)) for name in shown)]
             cells += ["" if one[name] is None else f"{one[name]:.2f}" for name in ("density", "seconds")]
             control = _words(one, "against control")
             if control and not one["control"].startswith("random"):
@@ -163,7 +172,7 @@ def page(found: dict[str, Any]) -> str:
 def _cell(name: str, value: list[float] | None) -> str:
     if value is None:
         return ""
-    factor, digits = {"motion": (100, 2), "psnr": (1, 1)}.get(name, (1, 2))
+    factor, digits = {"motion": (100, 2), "psnr": (1, 1), "no_repeat": (1, 0)}.get(name, (1, 2))
     mean, error = (factor * number for number in value)
     return f"{mean:.{digits}f} +- {error:.{digits}f}"
 

@@ -28,25 +28,34 @@ def clip(places, side=48, half=8, color="red"):
 
 def test_things_are_counted_against_the_caption():
     one, two = [(2, 2)], [(2, 2), (28, 28)]
-    found = measures.measure(clip([one, two, [], two]), "a red square")
+    found = measures.measure(clip([one, two, [], two]), "a red square", 17)
     assert found["count_error"] == pytest.approx(3 / 4) and found["objects"] == pytest.approx(5 / 4)
-    assert measures.measure(clip([two, two]), "a red square and a red square")["count_error"] == 0
+    assert measures.measure(clip([two, two]), "a red square and a red square", 17)["count_error"] == 0
 
 
 def test_agreement_is_the_share_of_what_is_named():
     moving = clip([[(2 + 2 * i, 10)] for i in range(8)])
     expected = {"a red square moves right": 1, "a red square moves up": 2 / 3, "a blue cross moves right": 1 / 3}
     for text, share in expected.items():
-        assert measures.measure(moving, text)["agreement"] == pytest.approx(share)
+        assert measures.measure(moving, text, 17)["agreement"] == pytest.approx(share)
 
 
 def test_motion_is_the_way_per_frame():
-    right = measures.measure(clip([[(2 + 2 * i, 10)] for i in range(8)]), "a red square")
+    right = measures.measure(clip([[(2 + 2 * i, 10)] for i in range(8)]), "a red square", 17)
     assert right["motion"] == pytest.approx(2 / 48)
-    there_and_back = measures.measure(clip([[(10, 10 + 3 * (i % 2))] for i in range(8)]), "a red square")
+    there_and_back = measures.measure(clip([[(10, 10 + 3 * (i % 2))] for i in range(8)]), "a red square", 17)
     assert there_and_back["motion"] == pytest.approx(3 / 48)
-    assert measures.measure(clip([[(2, 2)]] * 4), "a red square")["motion"] == 0
-    assert measures.measure(clip([[]] * 4), "a red square")["motion"] == 0
+    assert measures.measure(clip([[(2, 2)]] * 4), "a red square", 17)["motion"] == 0
+    assert measures.measure(clip([[]] * 4), "a red square", 17)["motion"] == 0
+
+
+def test_repetition_is_looked_for_in_clips_longer_than_trained():
+    way = [[(2 + 2 * (i % 12), 10)] for i in range(24)]
+    assert measures.measure(clip(way), "a red square", 12)["no_repeat"] == 0
+    onwards = clip([[(2 + i, 10 + i // 2)] for i in range(24)])
+    assert measures.measure(onwards, "a red square", 12)["no_repeat"] == 100
+    assert "no_repeat" not in measures.measure(onwards, "a red square", 24)
+    assert "no_repeat" not in measures.measure(clip([[(2, 2)]] * 24), "a red square", 12), "it stands still"
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
@@ -137,6 +146,8 @@ def test_few_clips_say_nothing():
     few = scored(agreement=[1.0] * 4)
     assert results.differences(few, scored(agreement=[0.0] * 4), {"agreement": 1.0}) is None
     many = scored(agreement=[1.0] * 9)
+    still = {clip: {"measures": {"motion": 0.0}} for clip in many}
+    assert results.differences(many, still, {"agreement": 1.0}) == {"better": [], "worse": []}
     apart = {(i + 6, 0): clip for (i, _), clip in many.items()}
     assert results.differences(many, apart, {"agreement": 1.0}) is None, "three clips in common"
 
