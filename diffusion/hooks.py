@@ -109,14 +109,24 @@ class AttentionHook(ModelHook):
         self.note: str | None = None
         self.grid: Grid | None = None
 
-    def mode(self) -> Interception:
-        return Interception(self.context, self.layer)
+    def mode(self) -> Interception | None:
+        """What takes over; None where that would change nothing, because it costs a little with every function."""
+        context = self.context
+        if not torch.compiler.is_compiling() and len(context.grids) == 1 and context.temperature == "none":
+            (grid,) = context.grids.values()
+            if context.plan(grid, self.layer)[1]:
+                self.grid = grid
+                return None
+        return Interception(context, self.layer)
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.sparse:
             self.tally = (0, 1)
             return self.fn_ref.original_forward(*args, **kwargs)
         mode = self.mode()
+        if mode is None:
+            self.tally = (1, 0)
+            return self.fn_ref.original_forward(*args, **kwargs)
         if hasattr(getattr(module, "processor", None), "_attention_backend") or torch.compiler.is_compiling():
             with mode:
                 output = self.fn_ref.original_forward(*args, **kwargs)
