@@ -19,6 +19,8 @@ COMMANDS = {
     "generate": "Draw videos or images from prompts with a diffusers pipeline.",
     "upscale": "Draw videos larger than a model was trained on, or enlarge one.",
     "calibrate": "Find the cheapest patterns that keep what a pipeline looks at, as a preset.",
+    "consistent": "Draw several pictures with the same subjects in them.",
+    "protect": "Change pictures a little so that a diffusion model edits them badly.",
     "explain": "Say which backends can compute a pattern, how sparse it is, and the speed-up to expect.",
     "simulate": "Bounds by tile pair, bytes moved and a predicted time of a pattern on a device.",
     "bench": "Time attention against its peers, each checked first.",
