@@ -5,6 +5,10 @@
     python -m vision_attn.diffusion.train decoder --out runs/shapes-video
     python -m vision_attn.diffusion.train evaluate --out runs/shapes-video
 
+or a LoRA for longer clips on top of the one that ships:
+
+    python -m vision_attn.diffusion.train --lora --attention radial --times 2
+
 Each stage goes on from its last checkpoint when it is called again, and writes the finished part into the diffusers
 folder `OUT`, which `WanPipeline.from_pretrained(OUT)` and `vision-attn generate --model OUT` read.
 """
@@ -25,33 +29,10 @@ from tqdm import tqdm
 
 from vision_attn.diffusion import tiny
 from vision_attn.diffusion.card import evaluate
+from vision_attn.diffusion.flow import batch_of_clips, embed, flow_loss, latents_of, leave_record
+from vision_attn.diffusion.train_lora import check_lora_options, lora_options, train_lora
 from vision_attn.fit import fit
-from vision_attn.shapes import caption, render, sample_scene
 from vision_attn.shapes.scene import BACKGROUND
-
-
-def leave_record(args: argparse.Namespace, name: str, module: nn.Module, done: dict) -> None:
-    """What the model card says of this stage."""
-    done |= {"parameters": sum(p.numel() for p in module.parameters()), "command": args.command}
-    (args.out / f"{name}.json").write_text(json.dumps(done, indent=1) + "\n")
-    print(json.dumps(done))
-
-
-def batch_of_clips(
-    rng: np.random.Generator, size: int, frames: int, things: tuple[float, ...] = (0.7, 0.25, 0.05)
-) -> tuple[Tensor, list[str]]:
-    """Random pieces of random scenes, `[size, 3, frames, 48, 48]` in -1..1, with captions.
-
-    `things` are the shares of scenes with one, two and three shapes.
-    """
-    clips, texts = [], []
-    for _ in range(size):
-        scene = sample_scene(rng, 1 + int(rng.choice(len(things), p=things)), frames=max(frames, 17))
-        start = int(rng.integers(0, scene.frames - frames + 1))
-        clips.append(render(scene)[start : start + frames])
-        texts.append(caption(scene, rng))
-    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
-    return video * 2 - 1, texts
 
 
 def decode_unclamped(vae, latents: Tensor) -> Tensor:
@@ -139,14 +120,12 @@ def encode_clips(args: argparse.Namespace, vae, count: int) -> tuple[Tensor, Ten
     """Normalised latents of `count` clips `[count, 16, 5, 6, 6]` and as many stills; kept in a file for resuming."""
     path = args.out / "latents.safetensors"
     if not path.exists():
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
         clips, stills, texts = [], [], []
         for i in tqdm(range(0, count, 16), desc="latents"):
             video, text = batch_of_clips(np.random.default_rng((args.seed, 1, i)), 16, 17, (0.8, 0.2))
             middle = video[:, :, int(np.random.default_rng((args.seed, 2, i)).integers(17))].unsqueeze(2)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                clips.append((vae.encode(video).latent_dist.mode().float() - mean) / std)
-                stills.append((vae.encode(middle).latent_dist.mode().float() - mean) / std)
+            clips.append(latents_of(vae, video, args.bf16))
+            stills.append(latents_of(vae, middle, args.bf16))
             texts += text
         partial = path.with_suffix(".partial")
         save_file({"clips": torch.cat(clips), "stills": torch.cat(stills)}, partial, {"texts": json.dumps(texts)})
@@ -155,18 +134,11 @@ def encode_clips(args: argparse.Namespace, vae, count: int) -> tuple[Tensor, Ten
         return file.get_tensor("clips"), file.get_tensor("stills"), json.loads(file.metadata()["texts"])
 
 
-def embed(text_encoder, tokens, texts: list[str], length: int) -> Tensor:
-    """What `WanPipeline.encode_prompt` computes, with gradients: padding embeddings are zeros."""
-    batch = tokens(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    hidden = text_encoder(batch.input_ids, batch.attention_mask).last_hidden_state * batch.attention_mask[..., None]
-    return nn.functional.pad(hidden, (0, 0, 0, length - 16))
-
-
 def train_denoiser(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     pipe = tiny.pipeline(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").eval()
-    clips, stills, texts = encode_clips(args, vae, args.clips)
+    clips, stills, texts = encode_clips(args, vae, args.clips or 4000)
     model = nn.ModuleDict({"text_encoder": pipe.text_encoder, "transformer": pipe.transformer}).train()
     compiled = torch.compile(pipe.transformer) if args.compile else pipe.transformer
 
@@ -182,13 +154,8 @@ def train_denoiser(args: argparse.Namespace) -> None:
                 text = " and ".join(part.split(" moves ")[0] for part in text.split(" and "))
             words.append("" if rng.random() < 0.1 else text)
         clean = (stills if still else clips)[torch.from_numpy(chosen)]
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        level = torch.from_numpy(1 / (1 + np.exp(-0.3 - 1.2 * rng.standard_normal(len(chosen))))).float()
-        at = level.view(-1, 1, 1, 1, 1)
         net = pipe.transformer if still or length > 16 else compiled
-        prompt = embed(pipe.text_encoder, pipe.tokenizer, words, length)
-        flow = net((1 - at) * clean + at * noise, 1000 * level, prompt, return_dict=False)[0]
-        return (flow - (noise - clean)).square().mean()
+        return flow_loss(net, clean, embed(pipe.text_encoder, pipe.tokenizer, words, length), rng)
 
     steps, lr = args.steps or 3800, args.lr or 1.5e-3
     done = fit("denoiser", model, loss_of, out=args.out, steps=steps, lr=lr, seed=args.seed, decay=0.999)
@@ -207,22 +174,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "vision_attn.diffusion.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the finished pipeline")
+    parser.add_argument("stage", nargs="?", choices=list(STAGES))
+    lora_options(parser)
+    parser.add_argument("--out", type=Path, help="folder of checkpoints and of what comes out; --lora has a default")
     parser.add_argument("--steps", type=int, help="training steps (the stage's own default if not given)")
     parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more than one is slower on a busy machine")
-    parser.add_argument("--clips", type=int, default=4000, help="denoiser: clips encoded once before training")
+    parser.add_argument("--clips", type=int, help="clips encoded once before training: 4000, for --lora 256")
     parser.add_argument("--compile", action="store_true", help="denoiser: torch.compile, two minutes for a faster step")
-    parser.add_argument("--prompts", type=int, default=100, help="evaluate: how many captions")
+    parser.add_argument("--prompts", type=int, help="captions that the judge scores: 100, for --lora 24")
     parser.add_argument("--bf16", action="store_true", help="autocast; pays on CPUs with AMX")
     args = parser.parse_args(argv)
+    if args.lora == bool(args.stage):
+        parser.error(f"give --lora, or one stage: {', '.join(STAGES)}")
+    if args.lora:
+        check_lora_options(parser, args)
+    elif args.out is None:
+        parser.error("--out is needed: the folder of checkpoints and of the finished pipeline")
+    args.prompts = 100 if args.prompts is None else args.prompts
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join("OUT" if word == str(args.out) else word for word in words)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    STAGES[args.stage](args)
+    (train_lora if args.lora else STAGES[args.stage])(args)
 
 
 if __name__ == "__main__":
