@@ -34,6 +34,7 @@ SIZES = {
         Size("4x-long", "4x the length", 77, 48),
         Size("2x-large", "2x the height and width", 17, 96),
         Size("4x-large", "4x the height and width", 17, 192),
+        Size("still", "Still pictures of two things", 1, 48),
     )
 }  # lengths are 5, 10 and 20 latent frames; sides 6, 12 and 24 tokens
 
@@ -45,21 +46,22 @@ class Row:
     Args:
         name: in the table.
         method: what is attached; None is the untouched model.
-        way: "draw" from noise; "upscale" the clip of the trained size with `upscale_video`; "resize" it; or "truth".
+        way: "draw" from noise; "upscale" the clip of the trained size with `upscale_video`; "resize" it; "calibrate" a
+            preset and draw with it; "consistent", `consistent_images` of the things in the caption; or "truth".
         control: row that says what the idea itself adds, besides what any method of this cost would.
-        strength: of `upscale_video`.
+        options: of `upscale_video`, `calibrate` or `consistent_images`.
     """
 
     name: str
     method: Pattern | Method | None = None
     way: str = "draw"
     control: str = ""
-    strength: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What the clips depend on, as plain JSON values."""
         method = None if self.method is None else self.method.to_dict()
-        return {"method": method, "way": self.way, "strength": self.strength}
+        return {"method": method, "way": self.way, "options": self.options}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,12 @@ class RandomBlocks(Method):
 
 def rows(size: Size) -> list[Row]:
     """The rows of one size, truth and the untouched model first."""
-    start = [Row(TRUTH, way="truth"), Row(PLAIN)]
+    start = [Row(TRUTH, way=TRUTH), Row(PLAIN)]
+    if size.frames == 1:
+        return start + [
+            Row("IR-Diffusion", way="consistent"),
+            Row("IR-Diffusion, isolation alone", way="consistent", options={"reposition": False, "cross": 0.0}),
+        ]
     if size.frames > SIZES["1x"].frames:
         return start + _longer(size)
     return start + (_larger(size) if size.side > SIZES["1x"].side else _trained(size))
@@ -143,7 +150,7 @@ def _trained(size: Size) -> list[Row]:
         "sliding tile": SlidingTile(tile=(1, 2, 2), window=(3, 3, 3)),
         "CLEAR, not trained": CLEAR(radius=3, pooled=3),
     }
-    return _sparse(size, patterns)
+    return [Row("calibrated", way="calibrate", options={"recall": 0.95}), *_sparse(size, patterns)]
 
 
 def _longer(size: Size) -> list[Row]:
@@ -160,20 +167,21 @@ def _longer(size: Size) -> list[Row]:
 
 
 def _larger(size: Size) -> list[Row]:
+    strong, weak = {"strength": 0.7}, {"strength": 0.4}
     dense, window = "upscale, dense", "window from noise"
     found = [
         Row("resized", way="resize"),
-        Row(dense, Dense(), "upscale", "resized", 0.7),
-        Row("FreeSwim", FreeSwim(cache_steps=None), "upscale", dense, 0.7),
-        Row("FreeSwim, cached", FreeSwim(cache_steps=2), "upscale", "FreeSwim", 0.7),
-        Row("FreeSwim, clipped windows", FreeSwim(cache_steps=None, inward=False), "upscale", "FreeSwim", 0.7),
-        Row("FreeSwim, window alone", FreeSwim(override=False), "upscale", "FreeSwim", 0.7),
+        Row(dense, Dense(), "upscale", "resized", strong),
+        Row("FreeSwim", FreeSwim(cache_steps=None), "upscale", dense, strong),
+        Row("FreeSwim, cached", FreeSwim(cache_steps=2), "upscale", "FreeSwim", strong),
+        Row("FreeSwim, clipped windows", FreeSwim(cache_steps=None, inward=False), "upscale", "FreeSwim", strong),
+        Row("FreeSwim, window alone", FreeSwim(override=False), "upscale", "FreeSwim", strong),
         Row("NTK in space", NTK(train_size=(6, 6))),
     ]
     if size.name == "2x-large":
         found += [
-            Row(f"{dense}, strength 0.4", Dense(), "upscale", "resized", 0.4),
-            Row("FreeSwim, strength 0.4", FreeSwim(cache_steps=None), "upscale", f"{dense}, strength 0.4", 0.4),
+            Row(f"{dense}, strength 0.4", Dense(), "upscale", "resized", weak),
+            Row("FreeSwim, strength 0.4", FreeSwim(cache_steps=None), "upscale", f"{dense}, strength 0.4", weak),
             Row("FreeSwim from noise", FreeSwim(cache_steps=None), control=window),
         ]
     patterns = {

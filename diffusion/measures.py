@@ -35,14 +35,16 @@ def measure(video: np.ndarray, prompt: str, trained: int) -> dict[str, float]:
     """
     pixels = video.astype(np.float32) / 255
     scores, seen = score(pixels, prompt), judge(pixels)
-    counts = np.array(seen.counts)
+    counts, wanted = np.array(seen.counts), parse(prompt)
+    named = ["color", "shape", *["direction"] * any("direction" in thing for thing in wanted)]
     found = {
-        "agreement": float(np.mean([scores[name] for name in ("color", "shape", "direction")])),
-        "count_error": float(np.abs(counts - len(parse(prompt))).mean()),
+        "agreement": float(np.mean([scores[name] for name in named])),
+        "count_error": float(np.abs(counts - len(wanted)).mean()),
         "objects": float(counts.mean()),
-        "motion": motion(seen),
         "sharpness": sharpness(pixels),
     }
+    if len(video) > 1:
+        found["motion"] = motion(seen)
     fresh = no_repeat(video, trained, threshold=SAME) if len(video) > trained else None
     return found if fresh is None else found | {"no_repeat": fresh}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vision_attn.diffusion.clips import Cache, caption
 from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size, rows
 from vision_attn.diffusion.measures import SAME
 
@@ -24,11 +25,11 @@ MEASURES = {
 ENOUGH = 5  # clips below which nothing is said of a difference
 
 
-def summarize(cache: Any, texts: list[str], seeds: int) -> list[dict[str, Any]]:
+def summarize(cache: Cache, prompts: int, seeds: int) -> list[dict[str, Any]]:
     """One dict per row that has clips: means with their standard errors, and differences over the clips in common."""
     found = []
     for size in SIZES.values():
-        records = {row.name: dict(_records(cache, size, row, texts, seeds)) for row in rows(size)}
+        records = {row.name: dict(_records(cache, size, row, prompts, seeds)) for row in rows(size)}
         truth = {
             name: float(np.mean(values)) for name in MEASURES if (values := _values(name, records[TRUTH].values()))
         }
@@ -50,11 +51,11 @@ def summarize(cache: Any, texts: list[str], seeds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _records(cache: Any, size: Size, row: Row, texts: list[str], seeds: int) -> Iterator[tuple[tuple, dict]]:
+def _records(cache: Cache, size: Size, row: Row, prompts: int, seeds: int) -> Iterator[tuple[tuple, dict]]:
     for seed in range(seeds):
-        for prompt, text in enumerate(texts):
+        for prompt in range(prompts):
             if cache.has(size, row, prompt, seed):
-                yield (prompt, seed), cache.record(size, row, prompt, seed, text)
+                yield (prompt, seed), cache.record(size, row, prompt, seed)
 
 
 def _values(name: str, clips: Iterable[dict]) -> list[float]:
@@ -96,13 +97,13 @@ def differences(clips: dict, others: dict, truth: dict[str, float]) -> dict[str,
     return verdict
 
 
-def write(out: Path, cache: Any, texts: list[str], seeds: int, command: str) -> str:
+def write(out: Path, cache: Cache, prompts: int, seeds: int, command: str) -> str:
     """Write RESULTS.md, results/evaluation.json and results/evaluation.png; says what was written."""
-    found = {"command": command, "steps": cache.steps, "rows": summarize(cache, texts, seeds)}
+    found = {"command": command, "steps": cache.steps, "rows": summarize(cache, prompts, seeds)}
     (out / "results").mkdir(parents=True, exist_ok=True)
     _replace(out / "results" / "evaluation.json", (json.dumps(found, indent=1) + "\n").encode())
     _replace(out / "RESULTS.md", page(found).encode())
-    sheet(out / "results" / "evaluation.png", cache, texts[0])
+    sheet(out / "results" / "evaluation.png", cache)
     return f"{len(found['rows'])} rows in {out / 'RESULTS.md'}"
 
 
@@ -201,7 +202,7 @@ def _no_help(mine: list[dict[str, Any]]) -> str:
     return "\n" + "\n\n".join(lines) + "\n"
 
 
-def sheet(path: Path, cache: Any, text: str) -> None:
+def sheet(path: Path, cache: Cache) -> None:
     """The first clip of every row, one column per size, evenly spaced frames side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -210,20 +211,18 @@ def sheet(path: Path, cache: Any, text: str) -> None:
     columns = {size: shown for size, shown in columns.items() if shown}
     if not columns:
         return
-    width, top, cell = frames * (side + gap) + 4 * gap, 3 * line, side + line
+    width, top, cell = frames * (side + gap) + 4 * gap, 2 * line + 3 * gap, side + line
     picture = Image.new("RGB", (len(columns) * width, top + max(map(len, columns.values())) * cell + gap), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    draw.text((gap, gap), text, fill="black", font=ImageFont.load_default(13))
     for column, (size, shown) in enumerate(columns.items()):
         x = column * width + gap
-        draw.text(
-            (x, top - line - gap), f"{size.title} ({size.frames} frames, {size.side} px)", fill="black", font=font
-        )
+        title = f"{size.title} ({size.frames} frames, {size.side} px)\n{caption(size, 0)}"
+        draw.multiline_text((x, gap), title, fill="black", font=font)
         for number, row in enumerate(shown):
             video, y = cache.video(size, row, 0, 0), top + number * cell
             label = textwrap.shorten(row.name, 60, placeholder="...")
             draw.text((x, y), label, fill="#404040", font=font)
-            for place, index in enumerate(np.linspace(0, len(video) - 1, frames).round().astype(int)):
+            for place, index in enumerate(np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)):
                 small = Image.fromarray(video[index]).resize((side, side), Image.Resampling.LANCZOS)
                 picture.paste(small, (x + place * (side + gap), y + line))
     path.parent.mkdir(parents=True, exist_ok=True)

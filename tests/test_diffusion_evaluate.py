@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("diffusers")
 
 from vision_attn import attach  # noqa: E402
-from vision_attn.diffusion import evaluate, measures, results  # noqa: E402
+from vision_attn.diffusion import clips, drawing, evaluate, measures, results  # noqa: E402
 from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, RandomBlocks, Row, rows  # noqa: E402
 from vision_attn.diffusion.loading import BUILT_IN, load  # noqa: E402
 from vision_attn.kernels.patterns import Neighborhood, Radial  # noqa: E402
+from vision_attn.shapes import parse  # noqa: E402
 from vision_attn.shapes.scene import BACKGROUND, COLORS  # noqa: E402
 
 
@@ -101,8 +102,16 @@ def test_every_method_for_video_has_a_row():
     from vision_attn.diffusion.methods import _FILES
 
     shown = {row.to_dict()["method"].get("method") for size in SIZES.values() for row in rows(size) if row.method}
-    elsewhere = {"linfusion", "ir-diffusion"}  # U-Nets only; several pictures of one subject
-    assert set(_FILES) - elsewhere <= shown
+    shown |= {"ir-diffusion"} & {row.name.lower() for row in rows(SIZES["still"])}
+    assert set(_FILES) - {"linfusion"} <= shown, "LinFusion is for U-Nets"
+
+
+def test_captions_stay_the_same_when_there_are_more():
+    for size in SIZES.values():
+        texts = [clips.caption(size, number) for number in range(30)]
+        assert len(set(texts)) >= 25 and all(len(parse(text)) == 1 + (size.frames == 1) for text in texts)
+    one, two = parse(clips.caption(SIZES["still"], 3))
+    assert one["color"] != two["color"] and one["shape"] != two["shape"]
 
 
 def test_every_row_goes_into_the_built_in_model_and_out_again():
@@ -163,16 +172,16 @@ def once(tmp_path_factory):
 
 def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
     folder, command = once
-    drawn, draw = [], evaluate.Artist.draw
+    drawn, draw = [], drawing.Artist.draw
 
-    def counted(self, size, row, *clip):
+    def counted(self, size, row, prompt, seed):
         if row.name == "neighborhood" and not drawn.count("stop"):
             drawn.append("stop")
             raise KeyboardInterrupt
         drawn.append(row.name)
-        draw(self, size, row, *clip)
+        draw(self, size, row, prompt, seed)
 
-    monkeypatch.setattr(evaluate.Artist, "draw", counted)
+    monkeypatch.setattr(drawing.Artist, "draw", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(command)
     assert drawn == [TRUTH, PLAIN, "stop"] and not (folder / "out").exists()
@@ -193,45 +202,49 @@ def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
 def test_the_noise_of_a_clip_is_that_of_its_prompt_and_seed(once, tmp_path):
     folder, command = once
     args = (SIZES["1x"], Row(PLAIN), 0, 0)
-    text = evaluate.fresh_prompts(seed=8, count=1)[0]
-    cache = evaluate.Cache(tmp_path, BUILT_IN, 2)
-    artist = evaluate.Artist(cache, BUILT_IN)
-    artist.draw(*args, text)
-    artist.draw(SIZES["1x"], Row(PLAIN), 0, 1, text)
-    assert np.array_equal(cache.video(*args), evaluate.Cache(folder / "cache", BUILT_IN, 2).video(*args))
+    cache = clips.Cache(tmp_path, BUILT_IN, 2)
+    artist = drawing.Artist(cache, BUILT_IN)
+    artist.draw(*args)
+    artist.draw(SIZES["1x"], Row(PLAIN), 0, 1)
+    assert np.array_equal(cache.video(*args), clips.Cache(folder / "cache", BUILT_IN, 2).video(*args))
     assert not np.array_equal(cache.video(*args), cache.video(SIZES["1x"], Row(PLAIN), 0, 1))
 
 
 def test_clips_of_other_settings_are_other_clips(tmp_path):
-    cache, size = evaluate.Cache(tmp_path, BUILT_IN, 2), SIZES["1x"]
+    cache, size = clips.Cache(tmp_path, BUILT_IN, 2), SIZES["1x"]
     window = Row("a", Neighborhood(window=(3, 5, 5)))
     paths = {
         cache.path(size, window, 0, 0),
         cache.path(size, Row("a", Neighborhood(window=(3, 5, 3))), 0, 0),
         cache.path(size, Row("a", window.method, "upscale"), 0, 0),
+        cache.path(size, Row("a", window.method, options={"strength": 0.5}), 0, 0),
         cache.path(SIZES["2x-long"], window, 0, 0),
         cache.path(size, window, 1, 0),
         cache.path(size, window, 0, 1),
-        evaluate.Cache(tmp_path, BUILT_IN, 3).path(size, window, 0, 0),
+        clips.Cache(tmp_path, BUILT_IN, 3).path(size, window, 0, 0),
     }
-    assert len(paths) == 7
+    assert len(paths) == 8
     assert cache.path(size, Row("another name", window.method), 0, 0) in paths
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"others")
-    assert evaluate.Cache(tmp_path, tmp_path / "model", 2).path(size, window, 0, 0) not in paths
+    assert clips.Cache(tmp_path, tmp_path / "model", 2).path(size, window, 0, 0) not in paths
 
 
 def test_a_clip_is_measured_again_when_the_measures_changed(tmp_path, monkeypatch):
-    cache, args = evaluate.Cache(tmp_path, BUILT_IN, 2), (SIZES["2x-long"], Row(PLAIN), 0, 0)
+    cache, args = clips.Cache(tmp_path, BUILT_IN, 2), (SIZES["2x-long"], Row(PLAIN), 0, 0)
     cache.store(args, clip([[(2, 2)]] * 2), {"seconds": 1.0, "density": 1.0})
-    assert cache.record(*args, "a red square")["measures"]["count_error"] == 0
-    assert cache.record(*args, "a red square and a red square")["measures"]["count_error"] == 0, "kept"
-    monkeypatch.setattr(evaluate, "_MEASURED_BY", "something else")
-    assert cache.record(*args, "a red square and a red square")["measures"]["count_error"] == 1
+    assert cache.record(*args)["measures"]["count_error"] == 0
+    monkeypatch.setattr(measures, "measure", lambda *_: {"count_error": 7.0})
+    assert cache.record(*args)["measures"]["count_error"] == 0, "kept"
+    monkeypatch.setattr(clips, "_MEASURED_BY", "something else")
+    assert cache.record(*args) | {"measured_by": ""} == {
+        "seconds": 1.0, "density": 1.0, "measures": {"count_error": 7.0}, "measured_by": "",
+    }  # fmt: skip
+    assert cache.record(*args)["measured_by"] == "something else"
 
 
 def test_a_clip_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    cache, args = evaluate.Cache(tmp_path, BUILT_IN, 2), (SIZES["1x"], Row(PLAIN), 0, 0)
+    cache, args = clips.Cache(tmp_path, BUILT_IN, 2), (SIZES["1x"], Row(PLAIN), 0, 0)
 
     def full(file, **arrays):
         file.write(b"half")
@@ -241,6 +254,21 @@ def test_a_clip_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         cache.store(args, clip([[]]), {})
     assert not cache.has(*args) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name, row", [("1x", "calibrated"), ("2x-large", "FreeSwim, cached"), ("2x-large", "resized"),
+                                       ("still", "IR-Diffusion")])  # fmt: skip
+def test_every_way_draws_a_clip_of_its_size(tmp_path, name, row):
+    cache, size = clips.Cache(tmp_path, BUILT_IN, 2), SIZES[name]
+    one = next(each for each in rows(size) if each.name == row)
+    drawing.Artist(cache, BUILT_IN).draw(size, one, 0, 0)
+    assert cache.video(size, one, 0, 0).shape == (size.frames, size.side, size.side, 3)
+    record = cache.record(size, one, 0, 0)
+    assert record["seconds"] > 0 and (record["density"] is None or 0 < record["density"] <= 1)
+    if row == "resized":
+        small = cache.video(SIZES["1x"], Row(PLAIN), 0, 0).astype(float)
+        large = cache.video(size, one, 0, 0).reshape(17, 48, 2, 48, 2, 3).mean((2, 4))
+        assert np.abs(large - small)[:, 1:-1, 1:-1].mean() < 4
 
 
 @pytest.mark.parametrize("words, told", [(["--rows", "tea"], "neighborhood"), (["--seeds", "0"], "at least 1")])

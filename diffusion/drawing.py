@@ -1,0 +1,125 @@
+"""Draws the clips of the table of methods."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vision_attn.diffusion.attachment import attach
+from vision_attn.diffusion.calibration import calibrate
+from vision_attn.diffusion.card import fresh_prompts
+from vision_attn.diffusion.clips import Cache, caption
+from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size
+from vision_attn.diffusion.consistent import consistent_images
+from vision_attn.diffusion.loading import load
+from vision_attn.diffusion.method import Preset
+from vision_attn.diffusion.upscale import upscale_video
+from vision_attn.shapes import parse, render, sample_scene
+
+
+class Artist:
+    """Draws clips with a pipeline and stores them in a cache."""
+
+    def __init__(self, cache: Cache, model: Path) -> None:
+        loaded = load(model, device="cpu")
+        self.cache, self.pipe = cache, loaded.pipe
+        self.pipe.set_progress_bar_config(disable=True)
+        said = loaded.defaults
+        self.call = {
+            "guidance_scale": said["guidance"],
+            "max_sequence_length": said["max_sequence_length"],
+            "num_inference_steps": cache.steps,
+        }
+        self._presets: dict[tuple[str, str], Preset] = {}
+
+    def draw(self, size: Size, row: Row, prompt: int, seed: int) -> None:
+        """Draw one clip and store it.
+
+        Seconds are those of the processor, to which other work on the machine adds little. They count the small clip
+        that an enlarged one starts from, and not the calibration, which is done once.
+        """
+        clip, ways = (size, row, prompt, seed), {"resize": self._resize, "upscale": self._upscale}
+        ways |= {TRUTH: self._truth, "draw": self._draw, "calibrate": self._calibrate, "consistent": self._consistent}
+        before = 0.0
+        if row.way in ("resize", "upscale"):
+            self._base(prompt, seed)
+            before = self.cache.record(SIZES["1x"], Row(PLAIN), prompt, seed)["seconds"]
+        elif row.way == "calibrate":
+            self._preset(size, row)
+        start = time.process_time()
+        video, density = ways[row.way](*clip, caption(size, prompt))
+        seconds = None if row.way == TRUTH else before + time.process_time() - start
+        pixels = (np.asarray(video).clip(0, 1) * 255).round().astype(np.uint8)
+        self.cache.store(clip, pixels, {"seconds": seconds, "density": density})
+
+    def _truth(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, None]:
+        draw, sizes = np.random.default_rng((seed, prompt, 5)), {"height": size.side, "width": size.side}
+        return render(sample_scene(draw, parse(text), frames=size.frames, **sizes)), None
+
+    def _draw(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        def video() -> np.ndarray:
+            return self.pipe(text, generator=_noise(prompt, seed), **_sizes(size), **self.call).frames[0]
+
+        if row.method is None:
+            return video(), 1.0
+        with attach(self.pipe, row.method) as run:
+            return video(), _density(run.report)
+
+    def _calibrate(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        return self._draw(size, Row(row.name, self._preset(size, row)), prompt, seed, text)
+
+    def _preset(self, size: Size, row: Row) -> Preset:
+        """Calibrated on captions of its own, once."""
+        key = (size.name, row.name)
+        if key not in self._presets:
+            prompts = fresh_prompts(seed=9, count=2)
+            self._presets[key] = calibrate(self.pipe, prompts, **row.options, **_sizes(size), **self.call).preset
+        return self._presets[key]
+
+    def _base(self, prompt: int, seed: int) -> np.ndarray:
+        first = (SIZES["1x"], Row(PLAIN), prompt, seed)
+        if not self.cache.has(*first):
+            self.draw(*first)
+        return self.cache.video(*first)
+
+    def _resize(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, None]:
+        frames = torch.from_numpy(self._base(prompt, seed)).permute(0, 3, 1, 2).float() / 255
+        large = torch.nn.functional.interpolate(frames, (size.side, size.side), mode="bilinear")
+        return large.permute(0, 2, 3, 1).numpy(), None
+
+    def _upscale(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        call = dict(self.call)
+        call |= {"steps": call.pop("num_inference_steps"), "guidance": call.pop("guidance_scale")}
+        done = upscale_video(
+            self.pipe, self._base(prompt, seed), size.side, size.side, prompt=text, negative_prompt="",
+            method=row.method, generator=_noise(prompt, seed), **row.options, **call,
+        )  # fmt: skip
+        return done.frames[0], _density(done.report)
+
+    def _consistent(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, None]:
+        subjects = [f"{thing['color']} {thing['shape']}" for thing in parse(text)]
+        noise = _noise_seed(prompt, seed) - len(subjects)  # the picture comes after a reference of each subject
+        done = consistent_images(self.pipe, subjects, [text], seed=noise, **row.options, **_sizes(size), **self.call)
+        return done.images[0], None
+
+
+def _noise_seed(prompt: int, seed: int) -> int:
+    return 1000 * (seed + 1) + prompt
+
+
+def _noise(prompt: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_noise_seed(prompt, seed))
+
+
+def _sizes(size: Size) -> dict[str, int]:
+    return {"height": size.side, "width": size.side, "num_frames": size.frames}
+
+
+def _density(report: Any) -> float:
+    """Share of the pairs of tokens that was computed."""
+    found = report.to_dict()["denoisers"][0] if hasattr(report, "denoisers") else {}
+    return found.get("kept", found.get("density", 1.0))  # a report without it is of dense attention
