@@ -34,6 +34,7 @@ _PUBLIC = {
     "YaRN": "methods.rope",
     "TASR": "methods.rope",
     "LinFusion": "methods.linfusion",
+    "upscale_image": "upscale_image",
 }
 
 __all__ = list(_PUBLIC)
