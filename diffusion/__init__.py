@@ -34,7 +34,7 @@ _PUBLIC = {
     "YaRN": "methods.rope",
     "TASR": "methods.rope",
     "LinFusion": "methods.linfusion",
-    "upscale_image": "upscale_image",
+    "upscale_image": "image_stages",
 }
 
 __all__ = list(_PUBLIC)
