@@ -30,6 +30,7 @@ EXTENDERS = ("ultravico", "riflex", "pi", "ntk", "yarn", "tasr", "none")
     help="Who sees whom; names above.",
 )
 @click.option("--preset", metavar="NAME_OR_FILE", help="Attention by a name of `vision-attn presets`, or from a file.")
+@click.option("--lora", metavar="PATH", help="A LoRA of that model: a safetensors file, or a folder with one.")
 @click.option("--dense-steps", type=click.IntRange(0), help="First steps that stay dense.")
 @click.option("--dense-layers", type=click.IntRange(0), help="First layers that stay dense.")
 @click.option("--compare", is_flag=True, help="Also draw with dense attention and the same noise, and compare.")
@@ -63,6 +64,7 @@ def generate(
     model: str | None,
     attention: str,
     preset: str | None,
+    lora: str | None,
     dense_steps: int | None,
     dense_layers: int | None,
     compare: bool,
@@ -91,6 +93,8 @@ def generate(
           --attention radial --dense-steps 12 --dense-layers 1 --device cuda
       vision-attn generate "a red circle moves right" -o out/ --times 4 --extend riflex --attention radial
       vision-attn generate "a red circle moves right" -o out/ --preset calibrated.json
+      vision-attn generate "a red circle moves right" -o out/ --times 2 --extend none --preset runs/long/preset.json \\
+          --lora runs/long
     """
     texts = read_prompts(prompts, prompts_file)
     if seed + len(texts) - 1 > SEEDS:
@@ -140,6 +144,11 @@ def generate(
     shown = sys.stderr.isatty() if progress is None else progress
     _loading_bars(shown)
     loaded = load(model, device=device, dtype=number)
+    if lora is not None:
+        from vision_attn.diffusion.lora import load_lora
+
+        load_lora(loaded.pipe, lora)
+        job.described["lora"] = lora
     if job.info.built_in:
         _warn_of_words(loaded, [*texts, typed["negative"] or ""])
     records: list[dict[str, Any]] = []

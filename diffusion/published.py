@@ -60,7 +60,7 @@ def preset(name: str) -> Published:
     known = _published()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"there is no preset {name!r}{hint} Allowed: {', '.join(known)}")
     row = known[name]
     plain = Preset.from_dict({"method": "preset", **{k: row[k] for k in ("model", "note", "pattern", "options")}})

@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from diffusion_models import MODELS  # noqa: E402
 
 from vision_attn import Radial, attach  # noqa: E402
+from vision_attn.apps.cli import main  # noqa: E402
 from vision_attn.diffusion import Preset, add_lora, load_lora, save_lora, train  # noqa: E402
 from vision_attn.diffusion.tiny import denoiser, pipeline  # noqa: E402
 
@@ -173,6 +174,23 @@ def test_on_other_families(cls: str):
     randomise(layers)
     changed = model.output(net(**model.inputs(1)))
     assert not torch.allclose(changed, plain, atol=1e-4)
+
+
+# On the command line
+
+
+def test_generate_with_a_lora(trained, tmp_path, capsys):
+    _, folder = trained
+    draw = ["generate", "a red circle", "--frames", "1", "--steps", "2", "--json"]
+    assert main([*draw, "-o", str(tmp_path / "plain")]) == 0
+    assert "lora" not in json.loads(capsys.readouterr().out)["results"][0]
+    assert main([*draw, "-o", str(tmp_path / "changed"), "--lora", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["lora"] == str(folder)
+    plain, changed = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("plain", "changed"))
+    assert plain != changed
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert main([*draw, "-o", str(tmp_path / "none"), "--lora", str(tmp_path / "x.safetensors")]) == 1
+    assert "holds no LoRA" in capsys.readouterr().err and not list((tmp_path / "none").iterdir())
 
 
 # Training
