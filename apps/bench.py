@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vision_attn.apps.bench_diffusion import diffusion
 from vision_attn.apps.bench_vision import vision
 from vision_attn.apps.files import atomic, check_new, writable_folder
 from vision_attn.apps.pattern_options import nearest
@@ -20,11 +21,13 @@ def bench() -> None:
     Examples:
       vision-attn bench kernels
       vision-attn bench vision --sides 14,56
+      vision-attn bench diffusion --parts growth
       vision-attn bench kernels --help
     """
 
 
 bench.add_command(vision)
+bench.add_command(diffusion)
 
 
 @bench.command()

@@ -22,6 +22,7 @@ from vision_attn.apps.cli import main  # noqa: E402
 from vision_attn.diffusion import Calibration, Preset, calibrate  # noqa: E402
 from vision_attn.diffusion.attachment import planned  # noqa: E402
 from vision_attn.diffusion.calibration import gather  # noqa: E402
+from vision_attn.diffusion.installed import holders  # noqa: E402
 from vision_attn.diffusion.watch import Watch, default_candidates  # noqa: E402
 from vision_attn.joint import fit  # noqa: E402
 
@@ -259,7 +260,7 @@ BAD = {
 def test_bad_input(pipe, message):
     with pytest.raises((TypeError, ValueError), match=message):
         calibrate(pipe, **{"prompts": ["a red circle"], **SIZE, **BAD[message]})
-    assert not hasattr(pipe.transformer, "_diffusers_hook")
+    assert not holders(pipe.transformer)
 
 
 def test_no_text_encoder_and_no_pipeline(pipe):
