@@ -42,7 +42,7 @@ class Extended:
 
 def extend_video(
     pipe: Any,
-    prompt: str | list[str],
+    prompt: str | list[str] | None,
     times: float = 4,
     method: str | Method | Pattern | tuple[Method | Pattern, ...] = "ultravico",
     *,
@@ -52,14 +52,14 @@ def extend_video(
     """Draw a video `times` as long as those the model was trained on.
 
     Args:
-        pipe: a pipeline that draws videos from text: Wan, HunyuanVideo, CogVideoX, LTX, Mochi or Cosmos.
-        prompt: a text, or one per video.
+        pipe: a pipeline that draws videos: Wan, HunyuanVideo, CogVideoX, LTX, Mochi or Cosmos.
+        prompt: a text, or one per video; None when `prompt_embeds` is given.
         times: length over the trained one, at least 1; rounded to whole latent frames.
         method: "ultravico", "riflex", "pi", "ntk", "yarn", "tasr" or "none" (the untouched model), with the settings
             of the model; or what `attach` takes, as in `YaRN(high=8)`, or several in a tuple: `(RIFLEx(), Radial())`.
         train_frames: latent frames of the trained length, where that is not known.
-        call: arguments of the pipeline's call, such as `generator`. Sizes, steps and guidance that are not given come
-            from the `defaults.json` of the model's folder, then from the pipeline.
+        call: more arguments of the pipeline's call, such as `generator` or `image`. Sizes, steps and guidance that are
+            not given come from the `defaults.json` of the model's folder, then from the pipeline.
 
     Returns:
         An `Extended`: `frames` and `reports`.
@@ -90,7 +90,7 @@ def extend_video(
     own = {name: said[key] for key, name in _DEFAULTS.items() if key in said and name in arguments}
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(attach(pipe, part)) for part in parts]
-        frames = pipe(prompt, **{**own, "output_type": "np", **call, "num_frames": count}).frames
+        frames = pipe(prompt=prompt, num_frames=count, **{**own, "output_type": "np", **call}).frames
     frames = np.asarray(frames, dtype=np.float32)
     if not np.isfinite(frames).all():
         raise RuntimeError(f"the model produced NaN in {pipe.dtype}; use float32 or bfloat16")
@@ -142,8 +142,9 @@ def _check(pipe: Any, prompt: Any, call: dict[str, Any]) -> tuple[Family, Any]:
         raise TypeError(f"extend_video returns arrays; leave output_type={call['output_type']!r} out")
     if "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"{type(pipe).__name__} takes no num_frames, so the length of its videos cannot be chosen")
-    if getattr(pipe, "text_encoder", None) is None and call.get("prompt_embeds") is None:
+    embedded = call.get("prompt_embeds") is not None
+    if not embedded and getattr(pipe, "text_encoder", None) is None:
         raise ValueError(f"this {type(pipe).__name__} has no text encoder to read the prompt; load it with one")
-    if call.get("prompt_embeds") is None and not isinstance(prompt, (str, list)):
-        raise TypeError(f"prompt must be a text or a list of them; got {prompt!r}")
+    if not isinstance(prompt, type(None) if embedded else (str, list)):
+        raise TypeError(f"prompt must be a text or a list of them, or None beside prompt_embeds; got {prompt!r}")
     return family, module

@@ -19,7 +19,7 @@ from vision_attn.diffusion.extend import EXTENDERS, extension  # noqa: E402
 from vision_attn.diffusion.lengths import frames_of, tokens_of  # noqa: E402
 from vision_attn.diffusion.loading import load  # noqa: E402
 from vision_attn.diffusion.sizes import FAMILIES  # noqa: E402
-from vision_attn.diffusion.tiny import pipeline  # noqa: E402
+from vision_attn.diffusion.tiny import pipeline, tokenizer  # noqa: E402
 
 DEFAULTS = {"height": 16, "width": 32, "frames": 5, "steps": 2, "guidance": 2.0, "max_sequence_length": 16}
 CALL = {"height": 16, "width": 32, "num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16}
@@ -81,6 +81,55 @@ def test_lengths_batches_and_settings(pipe):
     assert made.frames.shape[1] == 21 and made.reports[0].denoisers[0]["trained"] == {"t": 3}
     made = extend_video(pipe, "a red circle", 2, PI(train_frames=3), num_inference_steps=1)
     assert made.frames.shape[1] == 21
+
+
+def test_cogvideox_brings_its_tables_as_an_argument():
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel, DDIMScheduler
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    text = T5Config(vocab_size=len(words), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    denoiser = CogVideoXTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=32, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
+        num_layers=1, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
+        use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    pipe = CogVideoXPipeline(words, T5EncoderModel(text).eval(), vae, denoiser, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
+    clips = {}
+    for method in ("none", "riflex", "ultravico"):
+        made = extend_video(pipe, "a red circle", 3, method, generator=noise(), **call)
+        assert made.frames.shape == (1, 33, 32, 32, 3)
+        clips[method] = made.frames
+    assert not any(np.array_equal(clips["none"], clips[method]) for method in ("riflex", "ultravico"))
+    (denoiser,) = extend_video(pipe, "a red circle", 2, "pi", generator=noise(), **call).reports[0].denoisers
+    assert (denoiser["trained"], denoiser["grid"], denoiser["changed"]) == ({"t": 3}, [6, 2, 2], 2)
+
+
+def test_pictures_and_embeddings_instead_of_texts(pipe):
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from PIL import Image
+
+    torch.manual_seed(0)
+    denoiser = WanTransformer3DModel(**{**pipe.transformer.config, "in_channels": 36, "num_layers": 1}).eval()
+    parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    animate = WanImageToVideoPipeline(**parts, transformer=denoiser, image_encoder=None, image_processor=None)
+    animate.set_progress_bar_config(disable=True)
+    call = {**CALL, "image": Image.new("RGB", (32, 16), "red"), "train_frames": 2}
+    plain, edited = (extend_video(animate, "a circle", 2, way, generator=noise(), **call) for way in ("none", "ntk"))
+    assert plain.frames.shape == edited.frames.shape == (1, 13, 16, 32, 3)
+    assert not np.array_equal(plain.frames, edited.frames)
+    text = torch.zeros(1, 16, 96)
+    embedded = {"prompt_embeds": text, "negative_prompt_embeds": text}
+    assert extend_video(pipe, None, 2, **embedded).frames.shape == (1, 13, 16, 32, 3)
+    with pytest.raises(TypeError, match="or None beside prompt_embeds; got 'a circle'"):
+        extend_video(pipe, "a circle", 2, **embedded)
 
 
 def test_frames_of_published_models():

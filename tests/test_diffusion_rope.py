@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def quiet_inference():
         yield
 
 
-def wan(head_dim: int = 24) -> torch.nn.Module:
-    return WAN.build(attention_head_dim=head_dim)
+def wan(**config) -> torch.nn.Module:
+    return WAN.build(attention_head_dim=24, **config)
 
 
 def long(batch: int = 1, frames: int = 7, timestep: int = 300) -> dict:
@@ -215,7 +216,7 @@ def test_edits_go_with_patterns_and_with_each_other_not():
 
 
 def test_bfloat16_and_compiled():
-    model, call = wan(), long()
+    model, call = wan(num_layers=1), long()
     with attach(model, TASR(train_frames=2)):
         want = model(**call).sample
         torch._dynamo.reset()
@@ -319,6 +320,15 @@ def test_the_folder_of_a_model_says_its_length(tmp_path):
     assert UltraViCo().pattern(model).train_frames == 3
     with attach(model, PI()) as run:
         assert run.report.denoisers[0]["trained"] == {"t": 3}
+
+
+def test_both_denoisers_of_a_pipeline():
+    pipe = SimpleNamespace(components={}, transformer=wan(), transformer_2=wan())
+    plain = pipe.transformer_2(**long()).sample
+    with PI(train_frames=2).attach(pipe) as run:
+        assert not torch.equal(pipe.transformer_2(**long()).sample, plain)
+        assert [(d["name"], d["calls"]) for d in run.report.denoisers] == [("transformer", 0), ("transformer_2", 1)]
+    assert torch.equal(pipe.transformer_2(**long()).sample, plain)
 
 
 def test_refusals():
