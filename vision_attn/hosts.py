@@ -11,6 +11,7 @@ HOSTS = {
     "diffusers": "vision_attn.diffusion.attachment",
     "timm": "vision_attn.retrofit",
     "open_clip": "vision_attn.retrofit",
+    "transformers": "vision_attn.mllm.attachment",
 }
 
 
@@ -18,15 +19,17 @@ class AttachError(ValueError):
     """An attached model was called in a way that the attachment cannot serve; the message says what to do."""
 
 
-def attach(target: Any, pattern: Any, **options: Any) -> Any:
-    """Put a pattern into a model, until detached.
+def attach(target: Any, *what: Any, **options: Any) -> Any:
+    """Put a pattern or a method into a model, until detached.
 
     Args:
-        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; a timm model, or an open_clip model.
-        pattern: who sees whom on the token grid, for example `Radial(decay=0.2)`; for timm and open_clip also
-            `TokenMerge()`.
-        **options: of the host, such as `dense_layers`; see `vision_attn.diffusion.attach` for diffusers and
-            `vision_attn.retrofit.attach` for timm and open_clip.
+        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; a timm model, or an open_clip model; a
+            vision-language model of transformers.
+        what: who sees whom on the token grid, for example `Radial(decay=0.2)`, or a method of `vision_attn.diffusion`;
+            for timm and open_clip a pattern or `TokenMerge()`; for vision-language models one or more methods of
+            `vision_attn.mllm`.
+        **options: of the host, such as `dense_layers`; see `vision_attn.diffusion.attach` for diffusers,
+            `vision_attn.retrofit.attach` for timm and open_clip, `vision_attn.mllm.attach` for transformers.
 
     Returns:
         A run: context manager, `run.report`, `run.detach()`.
@@ -55,5 +58,5 @@ def attach(target: Any, pattern: Any, **options: Any) -> Any:
     for cls in type(plain).__mro__:
         host = HOSTS.get(cls.__module__.partition(".")[0])
         if host is not None:
-            return import_module(host).attach(target, pattern, **options)
+            return import_module(host).attach(target, *what, **options)
     raise TypeError(f"cannot attach to {type(plain).__name__}; allowed: models and pipelines of {', '.join(HOSTS)}")

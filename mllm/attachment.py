@@ -1,0 +1,89 @@
+"""attach() for vision-language models: methods go in together, and come out without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from vision_attn.mllm.engine import Engine
+from vision_attn.mllm.families import family_of
+from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method
+
+POSITIONS = ("auto", "original", "compact")
+_ATTACHED: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
+
+
+class Run:
+    """Attached methods: a context manager that detaches at the end, also after an exception."""
+
+    def __init__(self, model: Any, methods: tuple[Method, ...], engine: Engine) -> None:
+        self.model, self.methods, self.engine = model, methods, engine
+
+    def detach(self) -> None:
+        """Take everything out again. Safe to call twice."""
+        self.engine.uninstall()
+        if _ATTACHED.get(self.model) is self:
+            del _ATTACHED[self.model]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
+
+
+def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: torch.Tensor | None = None) -> Run:
+    """Make a transformers vision-language model drop or steer visual tokens, until detached.
+
+    Args:
+        model: one of the families of `vision_attn.mllm.families.FAMILIES`, in evaluation mode.
+        methods: at most one of each kind that drops tokens: before the text model, inside it, from the cache.
+        positions: of the tokens that stay. "original" keeps the gaps, "compact" numbers them anew, "auto" is what the
+            published code does: compact where tokens are dropped before a text model with plain positions.
+        visual_mask: bool `[batch, length]`, for prompts given as `inputs_embeds`.
+
+    Returns:
+        A run: context manager, `run.report`, `run.detach()`.
+
+    Raises:
+        TypeError: what is given is no method.
+        ValueError: the family is unknown, methods of one kind twice, a method that the model cannot serve, or something
+            is attached already.
+    """
+    for method in methods:
+        if not isinstance(method, Method):
+            raise TypeError(f"attach methods such as FastV(keep=0.5); got {method!r}")
+    if not methods:
+        raise TypeError("nothing to attach; give at least one method, such as FastV(keep=0.5)")
+    for kind, where in ((InputPrune, "before the text model"), (LayerPrune, "inside it"), (CachePrune, "in the cache")):
+        same = [type(method).__name__ for method in methods if isinstance(method, kind)]
+        if len(same) > 1:
+            raise ValueError(f"{' and '.join(same)} both drop tokens {where}; attach one of them")
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}; got {positions!r}")
+    family = family_of(model)
+    if positions == "compact" and family.mrope:
+        raise ValueError(
+            f"positions='compact' would destroy the rows and columns that {family.name} numbers its tokens by; use "
+            "'original'"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode, and tokens are dropped for inference only; call model.eval()")
+    if model in _ATTACHED:
+        raise ValueError(
+            f"{type(model).__name__} already has {', '.join(m.name for m in _ATTACHED[model].methods)} attached; "
+            "detach() that run first, or attach all methods in one call"
+        )
+    for method in methods:
+        method.check(model, family)
+    engine = Engine(model, family, list(methods), positions, visual_mask)
+    run = Run(model, methods, engine)
+    try:
+        engine.install()
+    except BaseException:
+        engine.uninstall()
+        raise
+    _ATTACHED[model] = run
+    return run

@@ -1,0 +1,259 @@
+"""Drops visual tokens while a stock transformers model reads a prompt, and keeps masks and positions right afterwards.
+
+Two forward pre-hooks do most of it: one on the multimodal model, which sees the ids of the prompt, and one on its text
+model, which every family calls with `inputs_embeds`, a mask, positions and the cache. Cuts inside the text model add a
+pre-hook on each layer (`cuts.py`). Nothing of the model is replaced but, for methods that look into the vision tower,
+`get_image_features` of the instance (`towers.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from vision_attn.hosts import AttachError
+from vision_attn.mllm.families import Family
+from vision_attn.mllm.image import Image
+from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
+from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, runs, shorten, take, take_positions
+from vision_attn.mllm.towers import TowerWatch
+
+
+@dataclasses.dataclass
+class Prompt:
+    """What is known of a prompt since it was read.
+
+    Args:
+        length: columns of the prompt before anything was dropped, padding included.
+        read: the tokens that entered the text model.
+        tokens: the tokens that each layer worked on.
+        cached: the tokens in the cache of each layer; as `tokens` but where the cache was shortened, and then `column`
+            and `visual` are `[batch, kv_heads, n]`.
+        compact: positions were renumbered.
+        seconds: spent on selecting.
+    """
+
+    length: int
+    read: Tokens
+    tokens: list[Tokens]
+    cached: list[Tokens]
+    compact: bool
+    visual: torch.Tensor
+    texts: torch.Tensor  # real tokens of each row before anything was dropped
+    seconds: float = 0.0
+
+
+class Engine:
+    """State and hooks of one attached model."""
+
+    def __init__(self, model: Any, family: Family, methods: list[Any], positions: str, visual_mask: Any) -> None:
+        self.model, self.family, self.positions = model, family, positions
+        self.base = model.base_model
+        self.text = getattr(self.base, family.text)
+        self.config = model.config.get_text_config()
+        self.count = len(model.get_decoder().layers)
+        self.input = next((m for m in methods if isinstance(m, InputPrune)), None)
+        self.layer = next((m for m in methods if isinstance(m, LayerPrune)), None)
+        self.cache = next((m for m in methods if isinstance(m, CachePrune)), None)
+        self.visual_mask = visual_mask
+        self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
+        self.current: Prompt | None = None
+        self.reading = False  # the current call of the text model reads a prompt
+        self.prepared: Any = None  # the mask that was prepared outside of the text model, after shortening
+        self.entered: torch.Tensor | None = None  # the embeddings that entered the text model
+        self.watch: TowerWatch | None = None
+        self._ids = self._mask = None
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Put the hooks in. What fails here has changed nothing once `uninstall` was called."""
+        from vision_attn.mllm.cuts import Cuts
+
+        self.before(self.model, self._refuse)
+        self.before(self.base, self._see_prompt)
+        self.before(self.text, self._enter_text)
+        if self.layer is not None or self.cache is not None:
+            Cuts(self).install()
+        if self.input is not None and self.input.tower_layers:
+            self.watch = TowerWatch(self.base, self.family, self.input.tower_layers)
+            self.watch.install(self._undo)
+
+    def before(self, module: Any, hook: Callable) -> None:
+        """Register a forward pre-hook that is taken out with the others."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, module: Any, hook: Callable) -> None:
+        """Register a forward hook that is taken out with the others."""
+        self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def uninstall(self) -> None:
+        """Take everything out again. Safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+        self.prompts = WeakKeyDictionary()
+        self.current = self.prepared = self.entered = self._ids = self._mask = None
+
+    def _refuse(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise AttachError(
+                "labels cannot be used while tokens are dropped, which is for inference only; detach first"
+            )
+
+    def _see_prompt(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """On the multimodal model: remember where the images are."""
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        self._mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+        self._ids = ids
+        if ids is not None:
+            return
+        given = kwargs.get("inputs_embeds")
+        if given is not None and given.shape[1] > 1 and self.visual_mask is None:
+            raise AttachError(
+                "with inputs_embeds there are no ids to find the images by; pass visual_mask= to attach, bool [batch, "
+                "length], or call the model with input_ids"
+            )
+
+    def _visual(self, shape: torch.Size) -> torch.Tensor | None:
+        """Bool `[batch, length]`, or None for a call without images."""
+        if self._ids is None:
+            visual = self.visual_mask
+        else:
+            visual = torch.zeros_like(self._ids, dtype=torch.bool)
+            for kind in ("image", "video"):
+                token = getattr(self.model.config, f"{kind}_token_id", None)
+                if token is not None:
+                    visual |= self._ids == token
+        if visual is None or visual.shape != shape or shape[1] == 1 or not visual.any():
+            return None
+        return visual
+
+    def _enter_text(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """On the text model: drop what is to be dropped from a prompt, and mend mask and positions of later calls."""
+        kwargs = dict(kwargs)
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        self.current = None if cache is None else self.prompts.get(cache)
+        self.reading = False
+        if self.current is not None:
+            self._go_on(self.current, cache, kwargs)
+            return args, kwargs
+        visual = None if embeds is None else self._visual(embeds.shape[:2])
+        if visual is None:
+            return args, kwargs
+        if cache is not None and cache.get_seq_length() > 0:
+            raise AttachError(
+                "this prompt continues a cache that other calls filled, as with prefill_chunk_size, where each part "
+                "would be pruned by itself; give the whole prompt at once"
+            )
+        self.reading = True
+        self._read(visual, kwargs)
+        if cache is not None:
+            self.prompts[cache] = self.current
+        return args, kwargs
+
+    def _read(self, visual: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        embeds = kwargs["inputs_embeds"]
+        valid = real_tokens(self._mask if self._mask is not None else kwargs.get("attention_mask"), visual)
+        tokens = Tokens.of_prompt(valid, visual)
+        compact = self.positions == "compact" or (
+            self.positions == "auto" and self.input is not None and not self.family.mrope
+        )
+        prompt = Prompt(
+            visual.shape[1], tokens, [tokens] * self.count, [tokens] * self.count, compact, tokens.visual, valid.sum(1)
+        )
+        self.current = prompt
+        if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
+            kwargs["position_ids"] = self._numbers(valid)
+        if self.input is None:
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = tokens.mask()
+        else:
+            start = time.perf_counter()
+            keep, embeds = self._select(tokens, embeds)
+            prompt.seconds += time.perf_counter() - start
+            tokens, index = tokens.kept(keep)
+            prompt.read, prompt.tokens, prompt.cached = tokens, [tokens] * self.count, [tokens] * self.count
+            numbers = self._numbers(tokens.valid) if compact else take_positions(kwargs["position_ids"], index)
+            kwargs |= {"inputs_embeds": take(embeds, index, 1), "position_ids": numbers}
+            shorten(kwargs, index, tokens, self.config)
+            if kwargs.get("deepstack_visual_embeds") is not None:
+                stays = keep[visual]
+                kwargs["deepstack_visual_embeds"] = [part[stays] for part in kwargs["deepstack_visual_embeds"]]
+                kwargs["visual_pos_masks"] = tokens.visual
+        self.prepared, self.entered = kwargs["attention_mask"], kwargs["inputs_embeds"]
+
+    def _numbers(self, valid: torch.Tensor) -> torch.Tensor:
+        """Positions counted from the first real token of each row."""
+        return (valid.long().cumsum(1) - 1).clamp(min=0) + self.family.first_position
+
+    def _select(self, tokens: Tokens, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bool `[batch, length]` of what stays, and the embeddings, changed where a method makes new features."""
+        keep = tokens.valid & ~tokens.visual
+        images = [(row, *run) for row in range(len(keep)) for run in runs(tokens.visual[row])]
+        scores = [{} for _ in images] if self.watch is None else self.watch.scores_of([row for row, *_ in images])
+        for number, (row, start, stop) in enumerate(images):
+            fixed = torch.zeros(stop - start, dtype=torch.bool, device=embeds.device)
+            for values in scores[number].values():
+                if len(values) != stop - start:
+                    raise AttachError(
+                        f"image {number} has {stop - start} tokens in the prompt, and the vision tower gave "
+                        f"{len(values)}; a video, or an image that the prompt splits, cannot be scored this way"
+                    )
+                fixed = values.isnan()
+            free = (~fixed).nonzero()[:, 0]
+            words = embeds[row][tokens.valid[row] & ~tokens.visual[row]]
+            own = {layer: values[free] for layer, values in scores[number].items()}
+            image = Image(embeds[row, start:stop][free], words, own, number)
+            chosen = self.input.select(image, self.input.count(len(free)))
+            if isinstance(chosen, tuple):
+                chosen, made = chosen
+                embeds = embeds.clone()
+                embeds[row, start + free[chosen]] = made.to(embeds.dtype)
+            keep[row, start:stop] = fixed
+            keep[row, start + free[chosen]] = True
+        return keep, embeds
+
+    def _go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> None:
+        """A later call with the cache of a prompt: generated tokens, or another turn."""
+        tokens, new = prompt.cached[0], kwargs["inputs_embeds"].shape[1]
+        after = cache.get_seq_length() - tokens.valid.shape[1]  # tokens in the cache that followed the prompt
+        positions = kwargs.get("position_ids")
+        if positions is not None and new > 1:
+            # With a shortened cache, `generate` takes the end of the prompt for new, and feeds it again.
+            text = positions if positions.ndim == 2 else positions[0]
+            if positions.ndim == 3 and len(positions) < 4:  # no row of text positions: they are these less an offset
+                text = text - self.base.rope_deltas
+            again = int(prompt.texts.max()) + self.family.first_position + after - int(text[:, 0].max())
+            if again > 0:
+                if prompt.compact:
+                    raise AttachError(
+                        "a pruned cache cannot be continued with renumbered positions; start a new cache, or attach "
+                        "with positions='original'"
+                    )
+                kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, again:]
+                kwargs["position_ids"] = positions = positions[..., again:]
+                new -= again
+            visual = self._visual(text.shape)
+            if visual is not None and visual[:, max(again, 0) :].any():
+                raise AttachError(
+                    "a later part of a prompt has images, as with prefill_chunk_size or in another turn; each part "
+                    "would be pruned by itself, so give the whole prompt at once"
+                )
+        if prompt.compact or positions is None:
+            first = (prompt.read.valid.sum(1) if prompt.compact else prompt.texts)[:, None] + after
+            step = torch.arange(new, device=first.device)
+            kwargs["position_ids"] = first + step + self.family.first_position
+        kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), tokens, after, new)
+
+    def visual(self, layer: int, keys: int) -> torch.Tensor | None:
+        """Which of the `keys` that attention of a layer sees are visual, bool `[batch, 1 or kv_heads, keys]`; None
+        without images."""
+        if self.current is None:
+            return None
+        found = self.current.cached[layer].visual
+        found = found[:, None] if found.ndim == 2 else found
+        return torch.nn.functional.pad(found, (0, keys - found.shape[-1]))

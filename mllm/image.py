@@ -1,0 +1,103 @@
+"""What methods look at: an image on its way into the text model, and a layer of the text model reading the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+
+from vision_attn.mllm.tokens import Tokens, take
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """The visual tokens of one image (or video) of one row of the batch.
+
+    Args:
+        features: `[tokens, width]`, as the text model gets them; newline tokens are left out.
+        text: `[text tokens, width]`, the embedded words of the row.
+        attention: layer of the tower, as the method asked for it -> float32 `[tokens]`: what the class token gives to
+            each, mean over heads; where there is none, what each receives, mean over heads and rows.
+        number: of the image in the batch, for methods that draw.
+    """
+
+    features: torch.Tensor
+    text: torch.Tensor
+    attention: dict[int, torch.Tensor]
+    number: int
+
+
+class Layer:
+    """A layer of the text model at the entry of the prompt.
+
+    Args:
+        number: from 0.
+        module: the decoder layer.
+        hidden: `[batch, n, width]`, what enters it.
+        tokens: which tokens these are.
+        rotary: cos and sin of their positions.
+        embeddings: `[batch, n, width]`, what entered the first layer.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        module: Any,
+        hidden: torch.Tensor,
+        tokens: Tokens,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        embeddings: torch.Tensor,
+    ) -> None:
+        self.number, self.module, self.hidden, self.tokens = number, module, hidden, tokens
+        self.rotary, self.embeddings = rotary, embeddings
+        self.cached: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def attn(self) -> Any:
+        return self.module.self_attn
+
+    def last(self, count: int = 1) -> torch.Tensor:
+        """The last `count` real tokens of each row, long `[batch, count]`; a shorter row repeats its first one."""
+        place = torch.arange(len(self.tokens), device=self.hidden.device)
+        order = torch.where(self.tokens.valid, place, -1).sort(dim=1).values[:, -count:]
+        first = torch.where(self.tokens.valid, place, len(self.tokens)).amin(1, keepdim=True)
+        return torch.maximum(order, first)
+
+    def _heads(self, x: torch.Tensor, which: str, rows: torch.Tensor | None) -> torch.Tensor:
+        """Projected, normalised and rotated heads `[batch, heads, n, head_dim]` of normalised states."""
+        attn = self.attn
+        x = getattr(attn, f"{which}_proj")(x).unflatten(-1, (-1, attn.head_dim))
+        norm = getattr(attn, f"{which}_norm", None)
+        x = (x if norm is None else norm(x)).transpose(1, 2)
+        if self.rotary is None:
+            return x
+        cos, sin = self.rotary if rows is None else (take(part, rows, 1) for part in self.rotary)
+        rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
+        return rotate(x, x, cos, sin)[0]
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[batch, heads, rows, head_dim]`."""
+        return self._heads(self.module.input_layernorm(take(self.hidden, rows, 1)), "q", rows)
+
+    def keys(self) -> torch.Tensor:
+        """`[batch, kv_heads, n, head_dim]`, from the cache once it is filled."""
+        if self.cached is not None:
+            return self.cached[0]
+        return self._heads(self.module.input_layernorm(self.hidden), "k", None)
+
+    def attention(self, rows: torch.Tensor) -> torch.Tensor:
+        """Attention of some rows, float32 `[batch, heads, rows, n]`, without computing the others.
+
+        Causal; layers with a sliding window see what they would see.
+        """
+        q, k = self.queries(rows).float(), self.keys().float()
+        q = q.unflatten(1, (k.shape[1], -1))  # [batch, kv_heads, group, rows, head_dim]
+        scores = torch.einsum("bkgrd,bknd->bkgrn", q, k).flatten(1, 2) * self.attn.scaling
+        place = torch.arange(k.shape[2], device=k.device)
+        seen = self.tokens.valid[:, None, :] & (place <= rows[..., None])
+        window = getattr(self.attn, "sliding_window", None)
+        if window is not None:
+            seen &= rows[..., None] - place < window
+        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num()
