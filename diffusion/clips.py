@@ -13,23 +13,24 @@ import numpy as np
 
 from vision_attn.diffusion import measures
 from vision_attn.diffusion.card import fresh_prompts
-from vision_attn.diffusion.comparison import PLAIN, SIZES, Row, Size
+from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size, rows
 from vision_attn.shapes import COLORS, SHAPES
 
 _MEASURED_BY = hashlib.sha256(inspect.getsource(measures).encode()).hexdigest()[:12]
 
 
 def caption(size: Size, number: int) -> str:
-    """A caption of one thing that moves; for a still picture of two things of different colours and shapes.
+    """A caption of one thing that moves; for still pictures two things of different colours and shapes, for edits one.
 
-    >>> caption(SIZES["1x"], 0), caption(SIZES["still"], 0)
-    ('a big yellow triangle moves down', 'a red square and a yellow cross')
+    >>> [caption(SIZES[name], 0) for name in ("1x", "still", "edit")]
+    ['a big yellow triangle moves down', 'a red square and a yellow cross', 'a red square']
     """
     if size.frames > 1:
         return fresh_prompts(seed=8, count=number + 1)[number]
     draw = np.random.default_rng((8, 4, number))
     colors, shapes = draw.permutation(list(COLORS))[:2], draw.permutation(SHAPES)[:2]
-    return " and ".join(f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True))
+    things = [f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True)]
+    return things[0] if size.name == "edit" else " and ".join(things)
 
 
 class Cache:
@@ -78,8 +79,8 @@ class Cache:
         if record.get("measured_by") != _MEASURED_BY:
             video = self.video(*clip)
             record["measures"] = measures.measure(video, caption(size, prompt), SIZES["1x"].frames)
-            if size is SIZES["1x"] and row.way == "draw" and row.name != PLAIN:
-                plain = (size, Row(PLAIN), prompt, seed)
+            plain = (size, rows(size)[1], prompt, seed)
+            if size.name in ("1x", "edit") and row.name not in (TRUTH, PLAIN) and self.has(*plain):
                 record["measures"]["psnr"] = measures.psnr(video, self.video(*plain))
             self.store(clip, video, record | {"measured_by": _MEASURED_BY})
         return record

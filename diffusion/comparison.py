@@ -35,6 +35,7 @@ SIZES = {
         Size("2x-large", "2x the height and width", 17, 96),
         Size("4x-large", "4x the height and width", 17, 192),
         Size("still", "Still pictures of two things", 1, 48),
+        Size("edit", "Edits of a true picture: another colour for its thing", 1, 48),
     )
 }  # lengths are 5, 10 and 20 latent frames; sides 6, 12 and 24 tokens
 
@@ -47,9 +48,10 @@ class Row:
         name: in the table.
         method: what is attached; None is the untouched model.
         way: "draw" from noise; "upscale" the clip of the trained size with `upscale_video`; "resize" it; "calibrate" a
-            preset and draw with it; "consistent", `consistent_images` of the things in the caption; or "truth".
+            preset and draw with it; "consistent", `consistent_images` of the things in the caption; "edit" a true
+            picture of another colour; or "truth".
         control: row that says what the idea itself adds, besides what any method of this cost would.
-        options: of `upscale_video`, `calibrate` or `consistent_images`.
+        options: of `upscale_video`, `calibrate` or `consistent_images`; for "edit" what is done to the picture first.
     """
 
     name: str
@@ -115,7 +117,15 @@ class RandomBlocks(Method):
 def rows(size: Size) -> list[Row]:
     """The rows of one size, truth and the untouched model first."""
     start = [Row(TRUTH, way=TRUTH), Row(PLAIN)]
-    if size.frames == 1:
+    if size.name == "edit":
+        noise = "noise as large"
+        return [
+            start[0],
+            Row(PLAIN, way="edit"),
+            Row("protect_image", way="edit", control=noise, options={"first": "protect"}),
+            Row(noise, way="edit", options={"first": "noise"}),
+        ]
+    if size.name == "still":
         return start + [
             Row("IR-Diffusion", way="consistent"),
             Row("IR-Diffusion, isolation alone", way="consistent", options={"reposition": False, "cross": 0.0}),

@@ -17,8 +17,12 @@ from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size
 from vision_attn.diffusion.consistent import consistent_images
 from vision_attn.diffusion.loading import load
 from vision_attn.diffusion.method import Preset
+from vision_attn.diffusion.protect import protect_image
 from vision_attn.diffusion.upscale import upscale_video
-from vision_attn.shapes import parse, render, sample_scene
+from vision_attn.kernels.patterns import Dense
+from vision_attn.shapes import COLORS, parse, render, sample_scene
+
+LARGEST = 16 / 255  # change of a pixel by `protect_image`, and by the noise it is compared with
 
 
 class Artist:
@@ -44,6 +48,7 @@ class Artist:
         """
         clip, ways = (size, row, prompt, seed), {"resize": self._resize, "upscale": self._upscale}
         ways |= {TRUTH: self._truth, "draw": self._draw, "calibrate": self._calibrate, "consistent": self._consistent}
+        ways["edit"] = self._edit
         before = 0.0
         if row.way in ("resize", "upscale"):
             self._base(prompt, seed)
@@ -92,13 +97,31 @@ class Artist:
         return large.permute(0, 2, 3, 1).numpy(), None
 
     def _upscale(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        return self._again(self._base(prompt, seed), size, row.method, prompt, seed, text, **row.options)
+
+    def _again(
+        self, video: np.ndarray, size: Size, method: Any, prompt: int, seed: int, text: str, strength: float
+    ) -> tuple[np.ndarray, float]:
+        """Noise a video and denoise it, at a larger size or at its own."""
         call = dict(self.call)
         call |= {"steps": call.pop("num_inference_steps"), "guidance": call.pop("guidance_scale")}
         done = upscale_video(
-            self.pipe, self._base(prompt, seed), size.side, size.side, prompt=text, negative_prompt="",
-            method=row.method, generator=_noise(prompt, seed), **row.options, **call,
+            self.pipe, video, size.side, size.side, strength, prompt=text, negative_prompt="", method=method,
+            generator=_noise(prompt, seed), **call,
         )  # fmt: skip
         return done.frames[0], _density(done.report)
+
+    def _edit(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        draw, wanted, colors = np.random.default_rng((seed, prompt, 6)), parse(text)[0], list(COLORS)
+        before = wanted | {"color": colors[colors.index(wanted["color"]) - 1]}
+        picture = torch.from_numpy(render(sample_scene(draw, [before], frames=1))).permute(0, 3, 1, 2)
+        first = row.options.get("first")
+        if first == "protect":
+            picture = protect_image(self.pipe, picture, eps=LARGEST)
+        elif first == "noise":
+            signs = torch.from_numpy(draw.choice([-1.0, 1.0], picture.shape)).float()
+            picture = (picture + signs * LARGEST).clamp(0, 1)
+        return self._again(picture.permute(0, 2, 3, 1).numpy(), size, Dense(), prompt, seed, text, strength=0.7)
 
     def _consistent(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, None]:
         subjects = [f"{thing['color']} {thing['shape']}" for thing in parse(text)]
@@ -122,4 +145,5 @@ def _sizes(size: Size) -> dict[str, int]:
 def _density(report: Any) -> float:
     """Share of the pairs of tokens that was computed."""
     found = report.to_dict()["denoisers"][0] if hasattr(report, "denoisers") else {}
-    return found.get("kept", found.get("density", 1.0))  # a report without it is of dense attention
+    density = found.get("kept", found.get("density"))
+    return 1.0 if density is None else density  # a report without it is of dense attention

@@ -133,14 +133,16 @@ mechanics and directions. It says nothing about the quality of these methods on 
 - **motion**: way of the thing per frame, in % of the frame's side. True things slow down and come to rest, so longer
   clips have less.
 - **sharpness**: height of edges over their width, 1 for a step from black to white within a pixel.
-- **PSNR**: to the clip of the untouched model from the same noise, in dB, at the trained size, where that is the truth.
+- **PSNR**: to the clip of the untouched model from the same noise, in dB, at the trained size, where that is the truth;
+  of edits, to the edit of the picture that nothing was done to. An edit that a protection spoils is a success of it.
 - **density**: share of the pairs of tokens that attention computes (of FreeSwim, in its local copy; attention to the
   text is not counted). **seconds**: of one processor core for one clip, from prompt to pixels, median; with
   the small clip, where one is enlarged. Small sequences gain nothing from sparsity.
 - **against plain**, **against control**: the untouched model at that size, and the row named, which says what the idea
   adds to what any method of its kind would do. Listed is what differs by more than two standard errors of the paired
-  difference; motion and sharpness are better when nearer to the truth. "-" is no difference. For every pattern the
-  control is as many pairs, in blocks of 6 tokens drawn blindly, other ones in every layer.
+  difference; motion and sharpness are better when nearer to the truth. "-" is no difference. One such finding in
+  twenty is chance. For every pattern the control is as many pairs, in blocks of 6 tokens drawn blindly, other ones in
+  every layer.
 
 The number after +- is the standard error of the mean. One clip of each row: [evaluation.png](results/evaluation.png).
 """

@@ -41,6 +41,12 @@ def test_agreement_is_the_share_of_what_is_named():
         assert measures.measure(moving, text, 17)["agreement"] == pytest.approx(share)
 
 
+def test_a_direction_counts_only_where_one_is_named():
+    still = clip([[(2, 2)]])
+    assert measures.measure(still, "a blue square", 17)["agreement"] == 1 / 2
+    assert "motion" not in measures.measure(still, "a blue square", 17)
+
+
 def test_motion_is_the_way_per_frame():
     right = measures.measure(clip([[(2 + 2 * i, 10)] for i in range(8)]), "a red square", 17)
     assert right["motion"] == pytest.approx(2 / 48)
@@ -109,7 +115,7 @@ def test_every_method_for_video_has_a_row():
 def test_captions_stay_the_same_when_there_are_more():
     for size in SIZES.values():
         texts = [clips.caption(size, number) for number in range(30)]
-        assert len(set(texts)) >= 25 and all(len(parse(text)) == 1 + (size.frames == 1) for text in texts)
+        assert len(set(texts)) >= 15 and all(len(parse(text)) == 1 + (size.name == "still") for text in texts)
     one, two = parse(clips.caption(SIZES["still"], 3))
     assert one["color"] != two["color"] and one["shape"] != two["shape"]
 
@@ -256,8 +262,11 @@ def test_a_clip_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert not cache.has(*args) and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name, row", [("1x", "calibrated"), ("2x-large", "FreeSwim, cached"), ("2x-large", "resized"),
-                                       ("still", "IR-Diffusion")])  # fmt: skip
+WAYS = [("1x", "calibrated"), ("2x-large", "FreeSwim, cached"), ("2x-large", "resized"), ("still", "IR-Diffusion")]
+WAYS += [("edit", PLAIN), ("edit", "protect_image"), ("edit", "noise as large")]
+
+
+@pytest.mark.parametrize("name, row", WAYS)
 def test_every_way_draws_a_clip_of_its_size(tmp_path, name, row):
     cache, size = clips.Cache(tmp_path, BUILT_IN, 2), SIZES[name]
     one = next(each for each in rows(size) if each.name == row)
