@@ -72,7 +72,7 @@ def consistent_images(
     >>> from vision_attn.diffusion.loading import load
     >>> pipe = load().pipe
     >>> pipe.set_progress_bar_config(disable=True)
-    >>> small = dict(height=48, width=48, num_frames=1, num_inference_steps=2)
+    >>> small = dict(height=48, width=48, num_frames=1, num_inference_steps=2, max_sequence_length=16)
     >>> made = consistent_images(pipe, ["red circle", "blue square"], ["a red circle and a blue square"], **small)
     >>> made.images.shape, made.references.shape
     ((1, 1, 48, 48, 3), (2, 1, 48, 48, 3))

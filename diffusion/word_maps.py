@@ -57,6 +57,11 @@ class WordMaps(Installed):
         """Add up one layer, `[samples, heads, tokens, head_dim]`."""
         if len(query) != len(self.positions):
             raise AttachError(f"a batch of {len(query)} prompts, where the words of {len(self.positions)} are known")
+        last = max((place for phrases in self.positions for places in phrases for place in places), default=0)
+        if last >= key.shape[2]:
+            raise AttachError(
+                f"words at token {last} of a prompt, of which the model reads {key.shape[2]}; give shorter prompts"
+            )
         maps = torch.zeros(len(query), len(self.positions[0]), query.shape[2])
         for sample, phrases in enumerate(self.positions):
             for head in range(query.shape[1]):  # one at a time: a long text times a long video is much

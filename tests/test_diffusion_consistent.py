@@ -12,6 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 from diffusion_models import MODELS  # noqa: E402
 
+from vision_attn import Neighborhood  # noqa: E402
 from vision_attn.diffusion import attach  # noqa: E402
 from vision_attn.diffusion.consistent import consistent_images  # noqa: E402
 from vision_attn.diffusion.loading import load  # noqa: E402
@@ -249,6 +250,20 @@ def test_references_and_targets_without_subjects_stay_as_they_are():
     assert not torch.allclose(changed[2], plain[2], atol=1e-3)
 
 
+def test_parts_of_a_denoiser_that_are_not_changed_stay_free():
+    model = MODELS["WanTransformer3DModel"]
+    denoiser = model.build()
+    targets, references = case(model.grid)
+    local = Neighborhood(window=model.window)
+    with attach(denoiser, IRDiffusion(targets, references, isolation=False, reposition=False)):
+        with attach(denoiser, local) as both:
+            denoiser(**model.inputs(4))
+        assert both.report.denoisers[0].calls["sparse"] == model.calls
+    with attach(denoiser, IRDiffusion(targets, references, cross=0)), WordMaps(denoiser, [[[0]]]):
+        with pytest.raises(ValueError, match="already has IRDiffusion attached, and its self-attention"):
+            attach(denoiser, local)
+
+
 def test_dropout_takes_references_away_from_some_tokens_and_repeats_with_its_seed():
     model = MODELS["WanTransformer3DModel"]
     denoiser = model.build()
@@ -411,7 +426,7 @@ def pipe():
     return pipe
 
 
-SMALL = dict(height=48, width=48, num_frames=1, num_inference_steps=2, guidance_scale=3.0)
+SMALL = dict(height=48, width=48, num_frames=1, num_inference_steps=2, guidance_scale=3.0, max_sequence_length=16)
 SUBJECTS = {"red circle": "a red circle", "blue square": "a big blue square"}
 PROMPTS = ["a red circle and a blue square", "a blue square and a white cross", "a green cross"]
 
@@ -448,6 +463,7 @@ def test_words_are_found_where_they_stand(pipe):
         (dict(subjects={"red circle": "a white cross"}), "reference prompt 'a white cross' does not contain"),
         (dict(latents=torch.zeros(1)), "latents cannot be passed on"),
         (dict(threshold=1.5), "threshold must be between 0 and 1"),
+        (dict(max_sequence_length=2), "words at token 2 of a prompt, of which the model reads 2"),
         (dict(masks=torch.ones(3)), "masks must be the pair"),
         (dict(masks=(torch.ones(1, 6, 6), torch.ones(2, 1, 6, 6))), "masks for 1 subjects in 2 pictures"),
     ],

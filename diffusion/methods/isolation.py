@@ -52,7 +52,6 @@ class IRDiffusion(Method):
         TypeError, ValueError: masks of another form, an option out of range, or no part switched on.
         AttachError: a batch or a picture that the masks do not fit.
 
-    >>> from vision_attn.diffusion import attach
     >>> masks = torch.zeros(1, 2, 8, 8)
     >>> masks[0, 0, :4], masks[0, 1, 5:] = 1, 1
     >>> IRDiffusion(target_masks=masks, reference_masks=masks[0]).pictures
@@ -115,7 +114,8 @@ class Attached(Installed):
         super().__init__()
         self.method, self.label = method, type(method).__name__
         pipe, modules = denoisers(target)
-        parts = (SELF_ATTENTION, CROSS_ATTENTION) if method.cross and method.references else (SELF_ATTENTION,)
+        moving, crossing = (bool(method.references and option) for option in (method.reposition, method.cross))
+        parts = [SELF_ATTENTION] * (method.isolation or moving) + [CROSS_ATTENTION] * crossing
         found = {name: subject_layers(module) for name, module in modules.items()}
         for module in modules.values():
             refuse_or_replace(module, *parts, label=self.label, replace=replace)
@@ -127,11 +127,10 @@ class Attached(Installed):
                 self.claim(module, *parts)
                 self.hook(module, RootHook(state.context, list(inspect.signature(module.forward).parameters)), HOOK)
                 first = first_layer(method, family, list(layers))
-                for number, (layer, _) in enumerate(layers.values()):
-                    moved = bool(method.references) and method.reposition and number >= first
-                    self.hook(layer, SelfHook(state, moved), HOOK)
+                for number, (layer, _) in enumerate(layers.values() if SELF_ATTENTION in parts else ()):
+                    self.hook(layer, SelfHook(state, moving and number >= first), HOOK)
                     self.native_backend(getattr(layer, "processor", None))
-                for layer in crosses.values() if CROSS_ATTENTION in parts else ():
+                for layer in crosses.values() if crossing else ():
                     self.hook(layer, CrossHook(state), HOOK)
 
     @property
