@@ -4,14 +4,12 @@
 
 A folder keeps every clip that was drawn, so that a run goes on where the last one stopped, and two may run side by
 side. The table is written from what the folder holds, and says how many clips stand behind each row: RESULTS.md,
-results/evaluation.csv and results/evaluation.png beside this file.
+results/evaluation.json and results/evaluation.png beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         for clip in tqdm(missing, desc="clips", disable=None):
             if not cache.has(*clip):  # another run may have drawn it meanwhile
                 artist.draw(*clip)
-    words = sys.argv[1:] if argv is None else argv
-    command = shlex.join("CACHE" if word == str(args.cache) else word for word in words if word != "--table")
+    changed = [name for name in ("prompts", "seeds", "steps") if getattr(args, name) != parser.get_default(name)]
+    command = " ".join(["--cache CACHE", *(f"--{name} {getattr(args, name)}" for name in changed)])
     print(write(args.out, cache, args.prompts, args.seeds, command))
 
 

@@ -202,7 +202,9 @@ def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
     assert by_name[PLAIN]["density"] == 1 and by_name[PLAIN]["seconds"] > 0 and "psnr" not in by_name[PLAIN]
     assert by_name["neighborhood"]["density"] == round(Neighborhood(window=(3, 5, 5)).density((5, 6, 6)), 3)
     assert 5 < by_name["neighborhood"]["psnr"][0] < 60
-    assert "too few clips" in (folder / "out" / "RESULTS.md").read_text()
+    page = (folder / "out" / "RESULTS.md").read_text()
+    assert page == results.page(found) and "too few clips" in page
+    assert "--cache CACHE --prompts 1 --seeds 1 --steps 2\n" in page and str(folder) not in page
 
 
 def test_the_noise_of_a_clip_is_that_of_its_prompt_and_seed(once, tmp_path):
