@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,8 +220,43 @@ def test_guidance_as_one_batch():
         torch.testing.assert_close(found, torch.cat([uncond, cond]), **CLOSE)
 
 
+class Pipe:
+    """As much of a pipeline as says where a run is."""
+
+    def __init__(self, denoiser, guided: bool) -> None:
+        self.transformer, self.do_classifier_free_guidance = denoiser, guided
+        self.components, self.scheduler = {}, SimpleNamespace(step_index=None)
+
+
+def test_a_batch_without_guidance_is_conditional():
+    """LTX announces "cond_uncond" whether or not the batch is doubled."""
+    model = MODELS["LTXVideoTransformer3DModel"]
+    denoiser, call = model.build(), model.inputs(2)
+    expected, _ = passes(denoiser, call, model.grid, base_of(model))
+    with FreeSwim(base=base_of(model)).attach(Pipe(denoiser, False)), denoiser.cache_context("cond_uncond"):
+        torch.testing.assert_close(denoiser(**call).sample, expected, **CLOSE)
+    one = model.inputs(3)
+    expected, _ = passes(denoiser, one, model.grid, base_of(model))
+    with attach(denoiser, FreeSwim(base=base_of(model))), denoiser.cache_context("cond_uncond"):
+        torch.testing.assert_close(denoiser(**one).sample, expected, **CLOSE)
+
+
+def test_a_run_that_starts_in_the_middle_of_the_schedule():
+    pipe = Pipe(WAN.build(), True)
+    with FreeSwim(base=(2, 3)).attach(pipe) as attached:
+        kinds = []
+        for step in (5, 6, 7, 8, 0, 1):  # and another run, after the first was cut off
+            pipe.scheduler.step_index, before = step, attached.report.denoisers[0]["calls"]
+            with pipe.transformer.cache_context("cond"):
+                pipe.transformer(**WAN.inputs(1))
+            kinds += [kind for kind, n in attached.report.denoisers[0]["calls"].items() if n > before[kind]]
+    assert kinds == ["dual", "cached"] * 3
+
+
 def test_a_pipeline_run_starts_fresh_and_leaves_nothing_stored():
     pipe = pipeline()
+
+    pipe.set_progress_bar_config(disable=True)
 
     def run(**options):
         return pipe("a red circle", height=32, width=32, num_frames=5, num_inference_steps=3, guidance_scale=3.0,
@@ -244,6 +280,7 @@ def test_a_pipeline_run_starts_fresh_and_leaves_nothing_stored():
 
 def test_without_guidance_every_call_is_conditional():
     pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
     with attach(pipe, FreeSwim(base=(2, 2), cache_steps=1)) as attached:
         pipe("a red circle", height=32, width=32, num_frames=1, num_inference_steps=2, guidance_scale=1.0,
              output_type="latent", max_sequence_length=16)  # fmt: skip

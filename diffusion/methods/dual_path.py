@@ -46,10 +46,8 @@ class DualPath:
     def forget(self) -> None:
         """Start a new run: drop what was stored."""
         self._first = self._last = None
-        self._stored_for: tuple | None = None
         self.steps.reset()
-        for hook in self.cross:
-            hook.stored = None
+        self._drop()
 
     def plan(self, call: dict[str, Any]) -> None:
         """Decide which samples of the coming call have a global copy, and whether it is computed."""
@@ -74,8 +72,8 @@ class DualPath:
             return 0 if name == "cond" else self.batch
         if getattr(pipe, "do_classifier_free_guidance", None) is False or (name is None and pipe is None):
             return 0
-        if (name == "cond_uncond" or (name is None and self.family.doubled_batch)) and self.batch % 2 == 0:
-            return self.batch // 2
+        if name == "cond_uncond" or (name is None and self.family.doubled_batch):
+            return 0 if self.batch % 2 else self.batch // 2
         raise AttachError(
             f"FreeSwim(cache_steps={self.options.cache_steps}) needs to know which call is the conditional one, and "
             f"{type(pipe).__name__} does not announce it by cache_context (got {name!r}); use cache_steps=None"
@@ -84,7 +82,7 @@ class DualPath:
     def _refresh(self, period: int, timestep: Any) -> bool:
         step = self.steps.current(timestep, True)[0] or 0
         if self._last is None or step < self._last:
-            self.forget_stored()
+            self._drop()
             self._first = step
         self._last = step
         shape = (self.batch, self.start, self.grid)
@@ -92,8 +90,8 @@ class DualPath:
         self._stored_for = shape
         return fresh
 
-    def forget_stored(self) -> None:
-        self._stored_for = None
+    def _drop(self) -> None:
+        self._stored_for: tuple | None = None
         for hook in self.cross:
             hook.stored = None
 
