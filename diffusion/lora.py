@@ -42,7 +42,6 @@ def add_lora(denoiser: torch.nn.Module, rank: int = 16) -> torch.nn.ModuleList:
     attention = self_attention(denoiser, family_of(denoiser, None))
     modules = dict(denoiser.named_modules())  # single-stream blocks have their output projection elsewhere
     targets = [target for name in attention for part in PROJECTIONS if (target := f"{name}.{part}") in modules]
-    denoiser.requires_grad_(False)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     added = [getattr(denoiser.get_submodule(t), side) for t in targets for side in ("lora_A", "lora_B")]
     return torch.nn.ModuleList(added)
