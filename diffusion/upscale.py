@@ -148,7 +148,7 @@ def upscale_video(
             video = kept.load_base(generator)
         if video is None:
             small = dict(height=known.height, width=known.width, num_inference_steps=steps, output_type="np")
-            video = np.asarray(pipe(prompts, generator=generator, **small, **call).frames, dtype=np.float32)
+            video = np.asarray(pipe(prompt=prompts, generator=generator, **small, **call).frames, dtype=np.float32)
             _check_finite(video, pipe)
             kept.save_base(video, generator)
         if "image" in inspect.signature(type(pipe).__call__).parameters and "image" not in call:
@@ -173,8 +173,8 @@ def upscale_video(
 
             with _scheduler(pipe, late), _tiled(pipe.vae, tiling), attach(pipe, method) as attached:
                 large = pipe(
-                    prompts, height=height, width=width, num_inference_steps=steps, output_type="np", latents=latents,
-                    generator=generator, callback_on_step_end=after, **call,
+                    prompt=prompts, height=height, width=width, num_inference_steps=steps, latents=latents,
+                    generator=generator, callback_on_step_end=after, output_type="np", **call,
                 ).frames  # fmt: skip
     large = np.asarray(large, dtype=np.float32)
     _check_finite(large, pipe)
