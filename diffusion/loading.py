@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vision_attn.diffusion.convolution import quick_conv3d
 from vision_attn.diffusion.sizes import FAMILIES, Family
 
 BUILT_IN = Path(__file__).parent / "weights" / "shapes-video"
@@ -181,6 +182,8 @@ def load(
         pipe = DiffusionPipeline.from_pretrained(info.source, use_safetensors=True, **{name: dtypes})
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise LoadError(f"cannot load {info.source}: {_first_line(error)}") from error
+    if place.type == "cpu" and getattr(pipe, "vae", None) is not None:
+        quick_conv3d(pipe.vae)
     return LoadedPipeline(pipe.to(place), info, place, number)
 
 
