@@ -259,7 +259,7 @@ def load_teacher(args: argparse.Namespace) -> tuple[Any, nn.Module]:
         raise SystemExit(f"{args.target} cannot be opened as a diffusers pipeline: {error}") from error
     if not isinstance(pipe, wanted):
         raise SystemExit(f"{args.stage} distils a {wanted.__name__}; {args.target} is a {type(pipe).__name__}")
-    pipe.to(args.device, getattr(torch, args.dtype))
+    pipe.to(args.device)
     return pipe, getattr(pipe, part)
 
 
@@ -287,7 +287,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sampling-steps", type=int, default=20, help="steps to draw an image")
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1, help="more than one is slower on a busy machine")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -106,7 +106,7 @@ def upscale_image(
         raise TypeError(f"method must be a method or a pattern; got {method!r}")
     if type(steps) is not int or steps < 1 or isinstance(strength, bool) or not 0 < strength <= 1:
         raise ValueError(f"steps must be at least 1 and strength above 0, at most 1; got {steps!r} and {strength!r}")
-    run = int(min(steps * strength, steps))
+    run = steps - int(steps - steps * strength) if flow else int(steps * strength)  # as their pipelines round
     if not run:
         raise ValueError(f"strength={strength} of {steps} steps is less than one step; raise either")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < math.inf:

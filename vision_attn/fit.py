@@ -43,13 +43,12 @@ class Checkpoint:
         with safe_open(self.path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}
             meta = file.metadata()
-        self.average.update({n: stored[f"average.{n}"] for n in self.average})
+        self.average.update({n: stored[f"average.{n}"].to(a.device) for n, a in self.average.items()})
         for name, value in weights_of(self.module).items():
             value.data.copy_(stored[f"model.{name}"])
         for name, parameter in self.module.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: stored[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            moments = {key: stored[f"adam.{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": stored[f"adam.step.{name}"], **moments}
         return int(meta["step"]), float(meta["seconds"])
 
 
