@@ -1,5 +1,6 @@
 """The table of methods: what is measured, what it is compared with, and that runs go on where they stopped."""
 
+import dataclasses
 import json
 import math
 
@@ -232,11 +233,12 @@ def test_clips_of_other_settings_are_other_clips(tmp_path):
         cache.path(size, Row("a", window.method, "upscale"), 0, 0),
         cache.path(size, Row("a", window.method, options={"strength": 0.5}), 0, 0),
         cache.path(SIZES["2x-long"], window, 0, 0),
+        cache.path(dataclasses.replace(size, frames=21), window, 0, 0),
         cache.path(size, window, 1, 0),
         cache.path(size, window, 0, 1),
         clips.Cache(tmp_path, BUILT_IN, 3).path(size, window, 0, 0),
     }
-    assert len(paths) == 8
+    assert len(paths) == 9
     assert cache.path(size, Row("another name", window.method), 0, 0) in paths
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"others")
