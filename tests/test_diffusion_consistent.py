@@ -210,7 +210,7 @@ def test_cross_attention_blends_the_answer_to_the_prompt_of_the_reference(cls):
     denoiser = model.build()
     targets, references = case(model.grid)
     batch = 8
-    inputs = model.inputs(batch, True) if model.padded else model.inputs(batch)
+    inputs = model.inputs(batch, True)  # some text is hidden where the model can hide it
     seen, handles = record(denoiser, "attn2")
     with attach(denoiser, IRDiffusion(targets, references, isolation=False, reposition=False, cross=0.75)) as attached:
         denoiser(**inputs)
@@ -363,7 +363,7 @@ def test_maps_of_words_are_the_mean_weights_of_their_tokens(cls):
     positions = [[[1, 3], []], [[0], [2]]]
     doubled = cls != "WanTransformer3DModel"  # its pipeline calls twice and says which call is which
     seen, handles = record(denoiser, "attn2")
-    inputs = model.inputs(4, True) if model.padded and doubled else model.inputs(4 if doubled else 2)
+    inputs = model.inputs(4 if doubled else 2, True)
     plain = denoiser(**inputs)[0] if doubled else None
     seen.clear()
     with WordMaps(denoiser, positions) as maps:
