@@ -184,7 +184,7 @@ class Denoiser:
         if self.edit.needs_noise:
             if call.get("timestep") is None:
                 raise AttachError(f"{type(self.edit).__name__} follows the timestep, and this call passes none")
-            self.noise = (call["timestep"].double().amax() / self.rotary.noise).clamp(0, 1)
+            self.noise = (call["timestep"].float().amax() / self.rotary.noise).clamp(0, 1)
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.changed += bool(self.longer)
@@ -205,7 +205,9 @@ class Denoiser:
         for axis in self.longer:
             theta, channels = self.found[axis].theta, self.found[axis].channels.to(cos.device)
             other = self.edit.edited(theta, axis, self.sizes[axis], self.trained[axis], self.family, self.noise)
-            angle = torch.outer(places[axis].double(), (other - theta.to(other.device)).to(cos.device))
+            exact = torch.float32 if cos.device.type == "mps" else torch.float64
+            turn = (other - theta.to(other)).to(cos.device, exact)
+            angle = torch.outer(places[axis].to(exact), turn)
             shape = [1] * (cos.ndim - 1) + [channels.shape[0]]
             shape[self.rotary.rows] = len(angle)
             turn_cos, turn_sin = (part.to(wide).view(shape) for part in (angle.cos(), angle.sin()))

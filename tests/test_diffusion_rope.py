@@ -169,9 +169,15 @@ def test_height_and_width(name: str):
     torch.testing.assert_close(got, model(**call).sample, atol=1e-6, rtol=1e-5)
 
 
+def test_what_repeats_in_height_is_the_trained_picture():
+    theta = 10000.0 ** -(torch.arange(0, 8, 2) / 8)  # turns of 6.3, 63, 628 and 6283 tokens
+    changed = RIFLEx(train_size=(20, 20)).edited(theta, "h", 40, 20, None, None)
+    assert (changed != theta).tolist() == [True, False, False, False]  # 63 is nearer to 40, 6.3 to 20
+
+
 def test_what_is_not_longer_stays_to_the_bit():
     model = wan()
-    for frames in (1, 7):
+    for frames in (3, 7):
         plain = model(**long(frames=frames)).sample
         with attach(model, YaRN(train_frames=7)) as run:
             assert torch.equal(model(**long(frames=frames)).sample, plain)

@@ -185,7 +185,7 @@ class TASR(RotaryEdit):
     needs_noise: ClassVar[bool] = True
 
     def edited(self, theta, axis, size, trained, family, noise):
-        theta = theta.to(noise.device)
+        theta = theta.to(noise)
         given = theta, axis, size, trained, family, noise
         return noise * PI.edited(self, *given) + (1 - noise) * NTK.edited(self, *given)
 
