@@ -1,5 +1,6 @@
 """The native CPU kernel: right in every instruction set, and built so that nothing can go wrong with the library."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_attn import BlockList, Dense, Neighborhood, Radial, Window, attend, explain
+from vision_attn import BlockList, Dense, Halo, Neighborhood, Radial, SlidingTile, Window, attend, explain
 from vision_attn.kernels.backends import cpu
-from vision_attn.kernels.native import build
-from vision_attn.kernels.patterns import Circle
+from vision_attn.kernels.native import build, lines
+from vision_attn.kernels.patterns import Circle, Separable
+from vision_attn.kernels.patterns.base import plain_axis
 from vision_attn.kernels.problem import Problem
 from vision_attn.kernels.testing import Case
 
@@ -47,6 +49,15 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def by_lines(monkeypatch):
+    """The form with keys in the lanes wherever it is possible, fast or not; a list that grows with every call of it."""
+    calls, plan = [], lines.plan
+    monkeypatch.setattr(lines, "faster", lambda *args: True)
+    monkeypatch.setattr(lines, "plan", lambda *args: calls.append(args) or plan(*args))
+    return calls
+
+
 def reference(*args, **kwargs):
     double = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
     return attend(*double, backend="reference", **kwargs)
@@ -64,9 +75,22 @@ def test_random_cases_with_threads(threads):
     assert sum(Case(seed).compare("cpu") > 0 for seed in range(400, 600)) > 50
 
 
+@pytest.mark.parametrize("first", (0, 700))
+def test_random_cases_by_lines(path, by_lines, first):
+    """The same, of those that have no extra tokens; the others cannot take this form."""
+    cases = [case for case in map(Case, range(first, first + 700)) if len(case.parts["leaves"]) == 3]
+    cases = [case for case in cases if isinstance(case.parts["pattern"], Separable)]
+    assert sum(case.compare("cpu") > 0 for case in cases) > 60 and len(by_lines) > 50
+
+
 @pytest.mark.slow
 def test_many_random_cases(path, threads):
     assert sum(Case(seed).compare("cpu") > 0 for seed in range(600, 6000)) > 1500
+
+
+@pytest.mark.slow
+def test_many_random_cases_by_lines(path, threads, by_lines):
+    assert sum(Case(seed).compare("cpu") > 0 for seed in range(600, 6000)) > 1500 and len(by_lines) > 500
 
 
 LARGE = [
@@ -85,19 +109,104 @@ LARGE = [
 @pytest.mark.parametrize("pattern, grid, head_dim, value_dim", LARGE, ids=str)
 def test_larger_grids(path, threads, pattern, grid, head_dim, value_dim):
     """More keys than a chunk, many tiles, head dims that are no multiple of a vector."""
-    q, k, v = (torch.randn(2, *grid, h, d) for h, d in ((4, head_dim), (2, head_dim), (2, value_dim)))
     extra = torch.randn(2, 9, 2, head_dim), torch.randn(2, 9, 2, value_dim)
-    mask = torch.rand(2, 9) < 0.5
-    options = dict(extra_mask=mask, return_lse=True)
+    compare(pattern, grid, head_dim, value_dim, *extra, extra_mask=torch.rand(2, 9) < 0.5)
+
+
+def compare(pattern, grid, head_dim, value_dim, *extra, **options):
+    """Output, lse and every gradient against the reference in float64."""
+    q, k, v = (torch.randn(2, *grid, h, d) for h, d in ((4, head_dim), (2, head_dim), (2, value_dim)))
+    options["return_lse"] = True
     weights = torch.randn(2, *grid, 4, value_dim), torch.randn(2, *grid, 4)
     results = []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, *extra)]
-        outputs = attend(*leaves[:3], pattern, extra_kv=tuple(leaves[3:]), backend=backend, **options)
+        outputs = attend(*leaves[:3], pattern, extra_kv=tuple(leaves[3:]) or None, backend=backend, **options)
         loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
         results.append([*outputs, *torch.autograd.grad(loss, leaves)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=3e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blind(Separable):
+    """Runs of four along an axis see themselves, but every other run sees nothing."""
+
+    name = "blind"
+
+    def axis(self, extent, index):
+        ends = [(x // 4 * 4, min(x // 4 * 4 + 4, extent) if x // 4 % 2 else x // 4 * 4) for x in range(extent)]
+        return plain_axis(ends)
+
+
+LINES = [
+    (Neighborhood(13), (40, 37), 48, 48),
+    (Neighborhood((3, 9, 5), stride=(1, 4, 2)), (5, 19, 11), 24, 80),
+    (Neighborhood((9, 33)), (13, 70), 32, 32),  # several vectors of keys
+    (Neighborhood((2, 16)), (5, 61), 64, 20),  # one vector, for one or two columns only
+    (Neighborhood((7, 5), dilation=(3, 1), causal=(False, True)), (29, 31), 33, 17),
+    (Neighborhood((3, 4, 5), dilation=(2, 2, 1), causal=(True, False, False)), (7, 9, 11), 16, 16),
+    (Neighborhood((3, 9)), (4, 700), 100, 128),  # too wide for the ring in one piece
+    (Neighborhood(101), (521,), 64, 64),
+    (Neighborhood((1, 3, 1)), (2, 11, 1), 8, 8),
+    (Window((7, 7), (3, 3)), (23, 29), 16, 16),
+    (SlidingTile(4, 3), (24, 24), 16, 24),
+    (Halo((8, 4), (3, 1)), (21, 23), 16, 16),
+    (Dense(), (9, 43), 40, 40),
+    (Blind(), (21, 19), 16, 16),
+]
+
+
+@pytest.mark.parametrize("pattern, grid, head_dim, value_dim", LINES, ids=str)
+def test_larger_grids_by_lines(path, threads, by_lines, pattern, grid, head_dim, value_dim):
+    compare(pattern, grid, head_dim, value_dim)
+    assert by_lines == [(pattern, grid, build.library().vision_attn_lanes())]
+
+
+def test_when_lines_are_taken(monkeypatch):
+    def taken(pattern, grid, lanes=16, **options):
+        return lines.chosen(Problem(pattern, grid, **options), lanes)
+
+    assert taken(Neighborhood(13), (64, 64)) and taken(Neighborhood((3, 13, 13), dilation=(2, 1, 1)), (20, 24, 24))
+    assert not taken(Neighborhood(7), (64, 64)) and taken(Neighborhood(7), (64, 64), 8)  # the lanes are filled
+    assert not taken(Neighborhood(127), (4096,)) and not taken(Neighborhood((1, 13)), (64, 64))  # lines are shared
+    assert not taken(Neighborhood((8, 13, 13)), (8, 32, 32))
+    monkeypatch.setattr(lines, "faster", lambda *args: True)
+    assert taken(Neighborhood(3), (4096,))
+    assert not taken(Neighborhood(3, dilation=(1, 2)), (64, 64)) and not taken(Circle(7), (64, 64))
+    assert not taken(Neighborhood(13), (64, 64), extra=1) and not taken(Radial(block=16), (2, 8, 8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_tokens_by_lines(path, by_lines, bad):
+    """A query that is not finite, a value, and keys: among others, and all that some queries see."""
+    pattern, bad_keys = Neighborhood(5), torch.zeros(20, 40, dtype=torch.bool)
+    bad_keys[9:16, 20:27] = True
+    q, k, v = torch.randn(3, 1, 20, 40, 2, 24)
+    clean, clean_lse = attend(q, k, v, pattern, return_lse=True, backend="cpu")
+    q[0, 2, 3, 0, 5] = v[0, 4, 30, 1] = bad
+    k[0, bad_keys, 1] = bad
+    out, lse = attend(q, k, v, pattern, return_lse=True, backend="cpu")
+    sees = pattern.mask((20, 40))
+    by_score, by_value = (torch.zeros(1, 20, 40, 2, dtype=torch.bool) for _ in range(2))
+    by_score[0, 2, 3, 0] = True
+    by_score[..., 1] = (sees & bad_keys.flatten()).any(1).view(20, 40)
+    by_value[..., 1] = sees[:, 4 * 40 + 30].view(20, 40)
+    hit = by_score | by_value
+    assert torch.equal(out[~hit], clean[~hit]) and torch.equal(lse[~by_score], clean_lse[~by_score])
+    assert not out[by_value].isfinite().any() and len(by_lines) == 2
+    if bad != bad:
+        assert out[by_score].isnan().all() and lse[by_score].isnan().all()
+
+
+def test_large_scores_by_lines(path, by_lines):
+    q, k, v = torch.randn(3, 1, 20, 40, 1, 8)
+    q, k = q * 30, k * 30 * torch.linspace(0, 1, 40)[:, None, None]
+    out, lse = attend(q, k, v, Neighborhood(9), return_lse=True, backend="cpu")
+    want, want_lse = reference(q, k, v, Neighborhood(9), return_lse=True)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=1e-4)
+    torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
+    assert by_lines
 
 
 def test_the_same_in_every_run(threads):

@@ -1,5 +1,6 @@
-// Attention of grid tokens on a CPU, with a plain C interface. See tile.h and gradient.h for the arithmetic.
+// Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h and gradient.h for the arithmetic.
 #include "gradient.h"
+#include "lines.h"
 #include "sources.h"
 
 template <int NV, class Source, class Plan>
@@ -164,6 +165,8 @@ void vision_attn_use_team(Team threads) { team = threads; }
 int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
     return boxes->vectors == 2 ? forward<2, BoxSource<2>>(*call, *boxes) : forward<1, BoxSource<1>>(*call, *boxes);
 }
+
+int vision_attn_forward_lines(const Call* call, const Lines* lines) { return forward_lines(*call, *lines); }
 
 int vision_attn_backward_boxes(const Call* call, const Boxes* boxes) {
     return boxes->vectors == 2 ? backward<2, BoxSource<2>>(*call, *boxes) : backward<1, BoxSource<1>>(*call, *boxes);

@@ -40,13 +40,36 @@ struct Blocks {
     const uint32_t* bits;
 };
 
+// One axis of a separable pattern without tiles of keys: the query at position p is coordinate order[p] and sees the keys at
+// positions low[p] to high[p] - 1; tile t has the queries from cut[t] to cut[t + 1] - 1.
+struct Axis {
+    int32_t tiles;
+    const int32_t *order, *low, *high, *cut;
+};
+
+// Where rows of floats are, one per token and head: the first, and the steps to the others in floats.
+struct Rows {
+    const float* first;
+    int64_t batch, axis[3], head;
+
+    const float* at(int64_t b, int64_t h, int64_t i, int64_t j, int64_t k) const {
+        return first + b * batch + h * head + i * axis[0] + j * axis[1] + k * axis[2];
+    }
+};
+
+// Keys and values where the caller has them, and the axes; on the first one tiles are single queries, and on the last one
+// positions are coordinates. See lines.h.
+struct Lines {
+    Rows key, value;
+    Axis axis[3];
+};
+
 // Tokens count over the grid; extra tokens follow them in `key` and `value`, [batch, kv_heads, tokens + extra, step].
 struct Call {
     int32_t batch, kv_heads, group, threads, grid[3], extra;
     Sizes sizes;
     float scale;
-    const float* q;
-    int64_t q_batch, q_axis[3], q_head;  // steps in floats; the last dimension is contiguous
+    Rows q;
     const float *key, *value;
     const uint8_t* visible;  // [batch, extra], or null when all extra tokens are
     float* out;              // [batch, tokens, heads, value]

@@ -10,7 +10,7 @@ import torch
 
 from ..patterns import Separable
 from ..problem import Problem
-from . import blocks, boxes
+from . import blocks, boxes, lines
 from .build import library
 
 KEPT_BYTES = 64 * 2**20  # of packed keys and values, kept per thread: fresh memory costs as much as filling it
@@ -26,10 +26,7 @@ class Call(ctypes.Structure):
         ("grid", ctypes.c_int32 * 3),
         *((n, ctypes.c_int32) for n in ("extra", "key", "value", "key_step", "value_step")),
         ("scale", ctypes.c_float),
-        ("q", ctypes.c_void_p),
-        ("q_batch", ctypes.c_int64),
-        ("q_axis", ctypes.c_int64 * 3),
-        ("q_head", ctypes.c_int64),
+        ("q", lines.Rows),
         *((n, ctypes.c_void_p) for n in ("keys", "values", "visible", "out", "lse")),
         *((n, ctypes.c_void_p) for n in ("d_out", "d_lse", "d_q", "d_keys", "d_values")),
     ]
@@ -37,10 +34,14 @@ class Call(ctypes.Structure):
 
 def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, lse: bool):
     """Output and, if asked for, log-sum-exp, both float32. Shapes as in `attend`."""
-    q, keys, values = _ready(q), *_packed(k, v, extra_kv)
+    q = _ready(q)
     out = q.new_empty(*q.shape[:-1], problem.value_dim)
     sums = q.new_empty(q.shape[:-1]) if lse else None
-    _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums)
+    if lines.chosen(problem, library().vision_attn_lanes()):
+        _call("forward", problem, scale, None, q, of_lines=(_ready(k), _ready(v)), out=out, lse=sums)
+    else:
+        keys, values = _packed(k, v, extra_kv)
+        _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums)
     return out, sums
 
 
@@ -95,19 +96,23 @@ def _room(count: int) -> torch.Tensor:
     return _kept.room[:count]
 
 
-def _call(name: str, problem: Problem, scale: float, extra_mask, q, **tensors) -> None:
+def _call(name: str, problem: Problem, scale: float, extra_mask, q, of_lines=None, **tensors) -> None:
+    """`of_lines`: keys and values as they are, for the form that reads them so."""
     lib, lanes = library(), library().vision_attn_lanes()
     tensors["visible"] = None if extra_mask is None else extra_mask.contiguous()
-    group, pad, stride = problem.heads // problem.kv_heads, 3 - len(problem.grid), q.stride()
+    group, pad = problem.heads // problem.kv_heads, 3 - len(problem.grid)
     call = Call(
         problem.batch, problem.kv_heads, group, torch.get_num_threads(), (1,) * pad + problem.grid, problem.extra,
-        problem.head_dim, problem.value_dim, tensors["keys"].shape[-1], tensors["values"].shape[-1], scale,
-        q.data_ptr(), stride[0], (0,) * pad + stride[1:-2], stride[-2],
+        problem.head_dim, problem.value_dim, *(-(-d // lanes) * lanes for d in (problem.head_dim, problem.value_dim)),
+        scale, lines.Rows.of(q),
         **{n: t.data_ptr() for n, t in tensors.items() if t is not None},
     )  # fmt: skip
-    if isinstance(problem.pattern, Separable):
+    if of_lines:
+        kind, plan = "lines", lines.plan(problem.pattern, problem.grid, lanes)
+    elif isinstance(problem.pattern, Separable):
         kind, plan = "boxes", boxes.plan(problem.pattern, problem.grid, group, lanes)
     else:
         kind, plan = "blocks", blocks.plan(problem.pattern, problem.grid, lanes)
-    if getattr(lib, f"vision_attn_{name}_{kind}")(ctypes.byref(call), ctypes.byref(plan.structure)):
+    structure = plan.structure(*of_lines) if of_lines else plan.structure
+    if getattr(lib, f"vision_attn_{name}_{kind}")(ctypes.byref(call), ctypes.byref(structure)):
         raise MemoryError("the CPU kernel ran out of memory")

@@ -33,8 +33,7 @@ struct Lanes {
     void clear(int lane) { q[lane] = nullptr, row[lane] = -1; }
     void set(const Call& call, int lane, int64_t batch, int64_t head, int64_t i, int64_t j, int64_t k) {
         const int64_t token = (i * call.grid[1] + j) * call.grid[2] + k;
-        q[lane] = call.q + batch * call.q_batch + head * call.q_head + i * call.q_axis[0] + j * call.q_axis[1] +
-                  k * call.q_axis[2];
+        q[lane] = call.q.at(batch, head, i, j, k);
         row[lane] = (batch * call.tokens() + token) * call.group * call.kv_heads + head;
     }
 };

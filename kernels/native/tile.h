@@ -179,23 +179,30 @@ struct Tile {
     }
 };
 
-// Rows of `dim` floats, one per lane, as columns times `scale`: [dim, WIDTH]. Lanes without a row get zeros.
-template <int NV>
-static APART void gather_columns(float* columns, const float* const* lane, int dim, float scale) {
-    for (int n = 0; n < NV; n++)
-        for (int d = 0; d < dim; d += LANES) {
-            const int some = dim - d < LANES ? dim - d : LANES;
-            vec block[LANES];
-            for (int i = 0; i < LANES; i++) {
-                const float* row = lane[n * LANES + i];
-                if (!row || some < LANES) {
-                    block[i] = vec{};
-                    if (row) std::memcpy(&block[i], row + d, sizeof(float) * some);
-                } else {
-                    block[i] = load(row + d);
-                }
-            }
+// Rows of `dim` floats, LANES of them, as columns times `scale`, which are `step` floats apart. Zeros where a row is null.
+static APART void transpose_rows(float* columns, int64_t step, const float* const* row, int dim, float scale) {
+    bool all = true;
+    for (int i = 0; i < LANES; i++) all &= row[i] != nullptr;
+    for (int d = 0; d < dim; d += LANES) {
+        const int some = dim - d < LANES ? dim - d : LANES;
+        vec block[LANES];
+        if (all && some == LANES) {
+            UNROLL for (int i = 0; i < LANES; i++) block[i] = load(row[i] + d) * scale;
             transpose(block);
-            for (int i = 0; i < some; i++) store(columns + ((d + i) * NV + n) * LANES, block[i] * scale);
+            UNROLL for (int i = 0; i < LANES; i++) store(columns + (d + i) * step, block[i]);
+        } else {
+            float rest[LANES][LANES] = {};
+            for (int i = 0; i < LANES; i++)
+                if (row[i]) std::memcpy(rest[i], row[i] + d, sizeof(float) * some);
+            for (int i = 0; i < LANES; i++) block[i] = load(rest[i]) * scale;
+            transpose(block);
+            for (int i = 0; i < some; i++) store(columns + (d + i) * step, block[i]);
         }
+    }
+}
+
+// The same for the lanes of NV vectors: [dim, NV, LANES].
+template <int NV>
+static void gather_columns(float* columns, const float* const* lane, int dim, float scale) {
+    for (int n = 0; n < NV; n++) transpose_rows(columns + n * LANES, NV * LANES, lane + n * LANES, dim, scale);
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -33,6 +34,24 @@ static INLINE ivec named(uint32_t bits) {
     ivec bit;
     UNROLL for (int i = 0; i < LANES; i++) bit[i] = 1 << i;
     return (((int32_t)bits - ivec{}) & bit) != 0;
+}
+
+// Over the lanes of one vector.
+static INLINE float largest(vec v) {
+    UNROLL for (int step = LANES / 2; step; step /= 2) {
+        ivec other;
+        UNROLL for (int i = 0; i < LANES; i++) other[i] = i ^ step;
+        v = larger(v, __builtin_shuffle(v, other));
+    }
+    return v[0];
+}
+static INLINE float total(vec v) {
+    UNROLL for (int step = LANES / 2; step; step /= 2) {
+        ivec other;
+        UNROLL for (int i = 0; i < LANES; i++) other[i] = i ^ step;
+        v += __builtin_shuffle(v, other);
+    }
+    return v[0];
 }
 
 // 2^x for x up to 127, off by less than 2e-7 of itself; below -125 it stays at 2^-125, which is no longer seen in a sum
@@ -90,6 +109,36 @@ static INLINE void dot_rows(const float* const (&row)[KEYS], const float* column
     for (; d < dim; d++) add(0, d);
     UNROLL for (int j = 0; j < KEYS; j++)
         UNROLL for (int n = 0; n < NV; n++) dots[j][n] = SETS == 2 ? sum[0][j][n] + sum[SETS - 1][j][n] : sum[0][j][n];
+}
+
+// Call `work` with a constant for `count`, which is 1 to MOST_COUNT.
+template <int MOST_COUNT, class Work>
+static INLINE void with_constant(int count, Work work) {
+    if constexpr (MOST_COUNT > 1)
+        if (count < MOST_COUNT) return with_constant<MOST_COUNT - 1>(count, work);
+    work(std::integral_constant<int, MOST_COUNT>{});
+}
+
+// The same with keys in the lanes: products of `count` queries with two vectors of keys, written to to[query] + at and
+// `then` floats on. A channel of the queries is `apart` floats, one of the keys `step`.
+static APART void dot_pairs(int count, const float* columns, int apart, const float* const (&key)[2], int64_t step, int dim,
+                            float* const* to, int64_t at, int64_t then) {
+    constexpr int PAIRED = LANES == 16 ? 12 : 6;  // queries whose sums are kept in registers
+    for (int parts = (count + PAIRED - 1) / PAIRED; parts > 0; parts--) {
+        const int some = (count + parts - 1) / parts;
+        with_constant<PAIRED>(some, [&](auto constant) INLINE_LAMBDA {
+            constexpr int N = decltype(constant)::value;
+            const float *a = key[0], *b = key[1], *q = columns;
+            vec sum[N][2];
+            UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = vec{};
+            for (int d = 0; d < dim; d++, a += step, b += step, q += apart) {
+                const vec x = load(a), y = load(b);
+                UNROLL for (int i = 0; i < N; i++) sum[i][0] += q[i] * x, sum[i][1] += q[i] * y;
+            }
+            UNROLL for (int i = 0; i < N; i++) store(to[i] + at, sum[i][0]), store(to[i] + at + then, sum[i][1]);
+        });
+        count -= some, columns += some, to += some;
+    }
 }
 
 // out[lane] += sum over keys of weight[key][lane] * row[key], for ROWS lanes and COLUMNS vectors of every row.
