@@ -1,4 +1,7 @@
-"""How fast pipelines are with patterns and methods attached: whole clips, attention alone, one call of the denoiser."""
+"""How fast pipelines are with patterns and methods attached: whole clips, attention alone, one call of the denoiser.
+
+On a CPU times are of the wall clock; with one thread they are CPU time, which others on the machine disturb least.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ WAN_PATTERNS = {
     "neighborhood": Neighborhood(window=(11, 15, 27)),
     "sliding tile": SlidingTile(tile=(3, 6, 8), window=(3, 3, 3)),
 }
+RESULTS = Path(__file__).parent / "results" / "timings.csv"
 Tell = Callable[[str], None]
 
 
@@ -76,7 +81,7 @@ def clips(
             for way in names[at % len(names) :] + names[: at % len(names)]:
                 tell(f"{size}, clip {at + 1} of {count}: {way}")
                 made = []
-                times[way].append(clock(lambda: made.append(draw(way, prompt, at)), "cpu")[0])  # noqa: B023
+                times[way].append(_seconds(lambda: made.append(draw(way, prompt, at))))  # noqa: B023
                 scores[way].append(measure((made[0] * 255).round().clip(0, 255).astype("uint8"), prompt, TRAINED[0]))
         rows = []
         for way, pattern in ways.items():
@@ -104,8 +109,8 @@ def growth(
         times: dict[str, list[float]] = {way: [] for way in calls}
         with torch.no_grad():
             for one in interleave(calls, "cpu", rounds):
-                for way, (wall, _) in one.items():
-                    times[way].append(wall)
+                for way, both in one.items():
+                    times[way].append(both[torch.get_num_threads() == 1])
         size = f"{grid[0] / 5:g}x-long" + ("" if grid[1] == 6 else f"-{grid[1] / 6:g}x-large")
         yield [
             timed("attention", size, grid, way, pattern, times[way], times["dense"]) for way, pattern in ways.items()
@@ -117,7 +122,6 @@ def overhead(
 ) -> Iterator[list[Row]]:
     """One call of the denoiser untouched, with a full window attached, and with a window one frame shorter, which is
     computed by the kernels: what attaching costs where nothing is saved."""
-    config = denoiser.config
     for grid in grids:
         tell(f"overhead on {size_text(grid)}")
         call = _call(denoiser, grid, torch.float32, "cpu")
@@ -125,21 +129,18 @@ def overhead(
         ways = {"untouched": None, "full window": Neighborhood(window=grid), "window one frame shorter": almost}
         times: dict[str, list[float]] = {way: [] for way in ways}
         with torch.no_grad():
-            once = clock(call, "cpu")[0]
-            often = max(1, round(0.3 / once))
+            often = max(1, round(0.3 / _seconds(call)))
             for index in range(rounds):
                 names = list(ways)
                 for way in names[index % 3 :] + names[: index % 3]:
                     if ways[way] is None:
-                        times[way].append(clock(call, "cpu", often)[0])
+                        times[way].append(_seconds(call, often))
                         continue
                     with attach(denoiser, ways[way]):
                         call()
-                        times[way].append(clock(call, "cpu", often)[0])
-        note = f"{config.num_layers} layers"
+                        times[way].append(_seconds(call, often))
         yield [
-            timed("overhead", "", grid, way, pattern, times[way], times["untouched"]) | {"note": note}
-            for way, pattern in ways.items()
+            timed("overhead", "", grid, way, pattern, times[way], times["untouched"]) for way, pattern in ways.items()
         ]
 
 
@@ -172,7 +173,7 @@ def freeswim(
         for way in names[at % len(names) :] + names[: at % len(names)]:
             tell(f"{way}, clip {at + 1} of {count}")
             made = []
-            times[way].append(clock(lambda: made.append(upscale(ways[way])), "cpu")[0])  # noqa: B023
+            times[way].append(_seconds(lambda: made.append(upscale(ways[way]))))  # noqa: B023
             scores[way].append(measure((made[0] * 255).round().clip(0, 255).astype("uint8"), prompt, TRAINED[0]))
     rows = []
     for way in ways:
@@ -223,6 +224,11 @@ def wan(
                     row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
                 rows.append(row | {"note": f"random weights, {str(dtype).removeprefix('torch.')}"})
         yield rows
+
+
+def _seconds(call: Callable[[], Any], often: int = 1) -> float:
+    """Seconds per call on the wall; with one thread of CPU time, which others on the machine disturb least."""
+    return clock(call, "cpu", often)[torch.get_num_threads() == 1]
 
 
 def _clip(pipe: Any, prompt: str, seed: int, frames: int, side: int, steps: int):

@@ -201,6 +201,18 @@ def test_wrong_options(wrong, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_rows_that_ship_show_what_is_said_of_them():
+    rows = timings.read_csv(bench.RESULTS)
+    faster = {(r["part"], r["size"] or r["grid"], r["what"]): float(r["speedup"]) for r in rows}
+    large = "4x-long-4x-large"
+    assert faster["clip", large, "radial"] >= 1.5 and faster["clip", large, "neighborhood"] >= 1.5
+    assert faster["freeswim", "4x-large", "FreeSwim, cache_steps=2"] >= 1.8
+    assert all(faster["overhead", grid, "full window"] > 1 / 1.03 for grid in ("5x6x6", "5x24x24"))
+    power = {(f["frame"], f["what"]): f for f in timings.fits(rows)}
+    trained, thinned = power["6x6", "radial"], power["24x24", "radial, thinned"]
+    assert trained["power"] <= trained["n_log_n"] and thinned["power"] <= thinned["n_log_frames"]
+
+
 @pytest.mark.slow
 def test_radial_and_a_window_are_faster_where_attention_is_the_cost(pipe):
     """11520 tokens: attention is most of a call."""
