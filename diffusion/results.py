@@ -62,10 +62,10 @@ def _values(name: str, clips: Iterable[dict]) -> list[float]:
     return [clip["measures"][name] for clip in clips if name in clip["measures"]]
 
 
-def _mean(values: list[float]) -> list[float]:
-    """The mean and its standard error."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return [round(float(np.mean(values)), 4), round(float(error), 4)]
+def _mean(values: list[float]) -> list[float | None]:
+    """The mean and its standard error, None for a single value."""
+    error = round(float(np.std(values, ddof=1) / np.sqrt(len(values))), 4) if len(values) > 1 else None
+    return [round(float(np.mean(values)), 4), error]
 
 
 def differences(clips: dict, others: dict, truth: dict[str, float]) -> dict[str, list[str]] | None:
@@ -167,17 +167,16 @@ def page(found: dict[str, Any]) -> str:
                 control = f"{one['control']}: {control}"
             lines.append("| " + " | ".join([*cells, _words(one, "against plain"), control]) + " |")
         tokens = f"{(size.frames - 1) // 4 + 1} x {size.side // 8} x {size.side // 8} tokens"
-        title = f"## {size.title}\n\n{size.frames} frames of {size.side} x {size.side} pixels, {tokens}."
-        parts.append(f"{title}\n\n" + "\n".join(lines) + "\n" + _no_help(mine))
+        sizes = f"{size.frames} frame{'s' * (size.frames > 1)} of {size.side} x {size.side} pixels, {tokens}."
+        parts.append(f"## {size.title}\n\n{sizes}\n\n" + "\n".join(lines) + "\n" + _no_help(mine))
     return "\n".join(parts)
 
 
-def _cell(name: str, value: list[float] | None) -> str:
+def _cell(name: str, value: list[float | None] | None) -> str:
     if value is None:
         return ""
     factor, digits = {"motion": (100, 2), "psnr": (1, 1), "no_repeat": (1, 0)}.get(name, (1, 2))
-    mean, error = (factor * number for number in value)
-    return f"{mean:.{digits}f} +- {error:.{digits}f}"
+    return " +- ".join(f"{factor * number:.{digits}f}" for number in value if number is not None)
 
 
 def _words(one: dict[str, Any], key: str) -> str:
@@ -218,7 +217,7 @@ def sheet(path: Path, cache: Cache) -> None:
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for column, (size, shown) in enumerate(columns.items()):
         x = column * width + gap
-        title = f"{size.title} ({size.frames} frames, {size.side} px)\n{caption(size, 0)}"
+        title = f"{size.title} ({size.frames} x {size.side} x {size.side})\n{caption(size, 0)}"
         draw.multiline_text((x, gap), title, fill="black", font=font)
         for number, row in enumerate(shown):
             video, y = cache.video(size, row, 0, 0), top + number * cell

@@ -173,6 +173,19 @@ def test_few_clips_say_nothing():
     assert results.differences(many, apart, {"agreement": 1.0}) is None, "three clips in common"
 
 
+def test_a_row_is_the_mean_over_its_clips_with_its_error(tmp_path):
+    cache, size = clips.Cache(tmp_path, BUILT_IN, 2), SIZES["2x-large"]
+    plain = next(row for row in rows(size) if row.name == PLAIN)
+    for prompt, things in enumerate([1, 2, 2, 4]):
+        corners = [(2 + 22 * i, 2) for i in range(things)]
+        cache.store((size, plain, prompt, 0), clip([corners], side=96), {"seconds": 9.0**prompt, "density": 0.5})
+    (one,) = results.summarize(cache, prompts=5, seeds=1)
+    assert one["clips"] == 4 and one["seconds"] == 45 and one["density"] == 0.5
+    assert one["count_error"] == [1.25, round(np.std([0, 1, 1, 3], ddof=1) / 2, 4)]
+    page = results.page({"command": "", "steps": 2, "rows": [one]})
+    assert "| 1.25 +- 0.63 |" in page and "17 frames of 96 x 96 pixels, 5 x 12 x 12 tokens" in page
+
+
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """A run of three rows, one clip each, interrupted before the last."""
@@ -204,7 +217,7 @@ def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
     found = json.loads((folder / "out" / "results" / "evaluation.json").read_text())
     by_name = {one["row"]: one for one in found["rows"]}
-    assert by_name[TRUTH]["agreement"] == [1.0, 0.0] and by_name[TRUTH]["seconds"] is None
+    assert by_name[TRUTH]["agreement"] == [1.0, None] and by_name[TRUTH]["seconds"] is None
     assert by_name[PLAIN]["density"] == 1 and by_name[PLAIN]["seconds"] > 0 and "psnr" not in by_name[PLAIN]
     assert by_name["neighborhood"]["density"] == round(Neighborhood(window=(3, 5, 5)).density((5, 6, 6)), 3)
     assert 5 < by_name["neighborhood"]["psnr"][0] < 60
