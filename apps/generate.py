@@ -93,8 +93,7 @@ def generate(
           --attention radial --dense-steps 12 --dense-layers 1 --device cuda
       vision-attn generate "a red circle moves right" -o out/ --times 4 --extend riflex --attention radial
       vision-attn generate "a red circle moves right" -o out/ --preset calibrated.json
-      vision-attn generate "a red circle moves right" -o out/ --times 2 --extend none --preset runs/long/preset.json \\
-          --lora runs/long
+      vision-attn generate "a red circle moves up" -o out/ --frames 33 --preset runs/long/preset.json --lora runs/long
     """
     texts = read_prompts(prompts, prompts_file)
     if seed + len(texts) - 1 > SEEDS:

@@ -27,7 +27,7 @@ def lora_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--lora")
     group.add_argument("--lora", action="store_true", help="a LoRA for longer clips, on the built-in model")
     group.add_argument("--attention", choices=ATTENTION, default="radial", help="pattern it is trained under")
-    group.add_argument("--times", type=int, default=2, help="length, as a multiple of the 17 frames of the model")
+    group.add_argument("--times", type=int, default=2, help="length: 2 is 33 frames, 4 is 65, where the model has 17")
     group.add_argument("--dense-layers", type=int, default=0, help="first layers that stay dense")
     group.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
 
