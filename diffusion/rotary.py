@@ -247,7 +247,7 @@ class RotaryRootHook(ModelHook):
         self.parameters = list(inspect.signature(denoiser.module.forward).parameters)
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any):
-        call = dict(zip(self.parameters, args, strict=False)) | kwargs
+        call = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         self.denoiser.measure(call)
         name = self.denoiser.rotary.argument
         if not name:

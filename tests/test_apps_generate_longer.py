@@ -88,10 +88,11 @@ def test_presets_from_files_and_by_name(model, tmp_path, capsys):  # noqa: F811
     assert denoiser["layers"][2] < denoiser["layers"][5]
 
     name = "radial/wan2.1-14b"
-    argv = ["--preset", name, "--dense-steps", "0", "--compare", "--json"]
+    argv = ["--preset", name, "--dense-layers", "3", "--compare", "--json"]
     assert generate(model, tmp_path / "b", CIRCLE, *argv) == 0
     (record,) = records(capsys)
-    assert record["attention"]["preset"] == name and record["attention"]["dense_steps"] == 0
+    assert record["attention"]["preset"] == name and record["attention"]["dense_layers"] == 3
+    assert record["attention"]["dense_steps"] == 0  # 12 of 50 became 0 of 2
     assert "Fitted to 2x6x6 tokens" in record["attention"]["settings"]["note"]
     assert record["report"]["denoisers"][0]["steps"] == {"sparse": 2, "dense": 0}
     argv = ["--preset", name, "--times", "2", "--extend", "yarn", "--json"]

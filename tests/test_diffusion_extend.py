@@ -199,6 +199,8 @@ def test_no_repeat_counts_repeated_frames():
     assert no_repeat(part, 12) == 75.0
     late = np.concatenate([start, clip(2, seed=2), start])  # the beginning comes back 2 frames after the period
     assert no_repeat(late, 12) == 0 and no_repeat(late, 18) == 0 and no_repeat(late, 20) == 100
+    far = np.concatenate([start, clip(8, seed=2), start])  # and here later than it is looked for
+    assert no_repeat(far, 12) == 100
     assert no_repeat(np.stack([whole, clip(24)]), 12) == 50.0
     assert no_repeat((part / 255).astype(np.float32), 12) == 75.0
 
