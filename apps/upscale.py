@@ -152,7 +152,7 @@ def draw(
         if not small:
             raise click.UsageError("the size this model was trained on is not known; give --height and --width.")
         height, width = (side * times for side in small)
-    call = {"max_sequence_length": info.defaults["max_sequence_length"]} if info.built_in else {}
+    call = {key: info.defaults[key] for key in ("max_sequence_length",) if key in info.defaults}
     start = time.perf_counter()
     made = upscale_video(
         pipe,
