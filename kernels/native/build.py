@@ -38,7 +38,7 @@ PATHS = {
 }  # fmt: skip
 
 SWITCH = "VISION_ATTN_NATIVE"
-SECONDS = 10  # what a build takes on one free core, for the message
+SECONDS = 20  # what a build takes on one free core, for the message
 PATIENCE = 300  # seconds after which a compiler, or another process that builds the same, is given up on
 
 _MARK = b"vision-attn sha256 "
