@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,6 +283,12 @@ def test_a_clip_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         cache.store(args, clip([[]]), {})
     assert not cache.has(*args) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_page_is_written_from_the_numbers():
+    folder = Path(results.__file__).parent
+    found = json.loads((folder / "results" / "evaluation.json").read_text())
+    assert (folder / "RESULTS.md").read_text() == results.page(found)
 
 
 WAYS = [("1x", "calibrated"), ("2x-large", "FreeSwim, cached"), ("2x-large", "resized"), ("still", "IR-Diffusion")]
