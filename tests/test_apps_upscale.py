@@ -18,7 +18,6 @@ DEFAULTS = {
     "attention": {},
 }  # fmt: skip
 PROMPT = "a red circle"
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
