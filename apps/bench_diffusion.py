@@ -43,7 +43,8 @@ def diffusion(
     the judge's agreement; attention alone over 1 to 8 times the length, with a fit; what attaching a full window costs;
     FreeSwim with and without its cache; and on a GPU one call of a transformer as large as Wan2.1 1.3B.
 
-    All ways of a comparison take turns. On two cores one clip of 4x-long-4x-large takes minutes.
+    All ways of a comparison take turns. With --threads 1 times are CPU time. On two cores one clip of 4x-long-4x-large
+    takes minutes.
 
     \b
     Examples:

@@ -40,6 +40,7 @@ def timed(
         pattern = cut(pattern, grid)
         row |= {"pattern": str(pattern), "density": round(pattern.density(grid), 4) if times else ""}
     if times:
+        row["note"] = "CPU time" if device == "cpu" and row["threads"] == 1 else ""
         for name, values, digits in (
             ("ms", [1e3 * t for t in times], 4),
             ("speedup", [b / t for b, t in zip(base, times, strict=True)], 3),
