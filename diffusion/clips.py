@@ -23,7 +23,7 @@ def caption(size: Size, number: int) -> str:
     """A caption of one thing that moves; for still pictures two things of different colours and shapes, for edits one.
 
     >>> [caption(SIZES[name], 0) for name in ("1x", "still", "edit")]
-    ['a big yellow triangle moves down', 'a red square and a yellow cross', 'a red square']
+    ['a big yellow triangle moves down', 'a red triangle and a white circle', 'a red triangle']
     """
     if size.frames > 1:
         return fresh_prompts(seed=8, count=number + 1)[number]
