@@ -47,7 +47,8 @@ class Preset(Method):
 
     Args:
         pattern: for every layer, or a tuple with one pattern per layer.
-        options: of `attach`, such as `{"dense_steps": 12, "dense_layers": 1}`; options given to `attach` win.
+        options: of `attach`, such as `{"dense_steps": 12, "dense_layers": 1}`. Options that `attach` is given win,
+            unless they are its defaults: for `dense_steps=0` use `dataclasses.replace(preset, options={...})`.
         model: denoiser class it was made for; empty for any.
         note: where the settings come from.
 
