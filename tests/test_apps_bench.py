@@ -193,7 +193,8 @@ def test_rounds_begin_with_another_peer_every_time():
     rounds = list(interleave(calls, "cpu", 4))
     assert all(set(times) == set("abc") for times in rounds)
     assert ["".join(times) for times in rounds] == ["abc", "bca", "cab", "abc"]
-    assert {name: order.count(name) for name in "abc"} == dict.fromkeys("abc", 1 + 4 * 100)
+    counts = [order.count(name) for name in "abc"]  # one to see how long it takes, then as many in each of four rounds
+    assert all(count > 4 and count % 4 == 1 and count <= 401 for count in counts)
 
 
 def test_speed_up_is_the_median_of_the_ratios_within_rounds():
