@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from vision_attn.apps.files import atomic, check_new, writable_folder
+from vision_attn.apps.run_options import run_options
 
 
 @click.command()
@@ -26,10 +27,7 @@ from vision_attn.apps.files import atomic, check_new, writable_folder
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Strength of the prompt.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of noise and rows.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16.")
-@click.option("--progress/--no-progress", default=None, help="Bars on stderr; shown on a terminal unless said.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every recall instead of text.")
+@run_options
 def calibrate(
     prompts: tuple[str, ...],
     prompts_file: str | None,

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from vision_attn.apps.run_options import run_options
+
 SEEDS = 2**32 - 1
 
 
@@ -44,12 +46,7 @@ SEEDS = 2**32 - 1
 @click.option("--guidance", type=click.FloatRange(0), help="Strength of the prompt.")
 @click.option("--negative", metavar="TEXT", help="What to keep out.")
 @click.option("--seed", type=click.IntRange(0, SEEDS), default=0, show_default=True, help="The next pictures count up.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16.")
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bars on stderr; shown on a terminal unless said."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@run_options
 def consistent(
     prompts: tuple[str, ...],
     subjects: tuple[str, ...],

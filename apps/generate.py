@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vision_attn.apps.pattern_options import PatternName, check_options, pattern_options
+from vision_attn.apps.run_options import run_options
 
 SEEDS = 2**32 - 1
 # Spelled out so that --help need not import torch; none is the untouched model.
@@ -49,12 +50,7 @@ EXTENDERS = ("ultravico", "riflex", "pi", "ntk", "yarn", "tasr", "none")
     show_default=True,
     help="Of the first prompt; the next ones count up.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16.")
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bars on stderr; shown on a terminal unless said."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@run_options
 @pattern_options
 def generate(
     prompts: tuple[str, ...],

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from vision_attn.apps.run_options import run_options
+
 SEEDS = 2**32 - 1
 
 
@@ -44,12 +46,7 @@ SEEDS = 2**32 - 1
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to go on from when the same command is given again after an interruption; removed at the end.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16.")
-@click.option(
-    "--progress/--no-progress", default=None, help="Progress bars on stderr; shown on a terminal unless said."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@run_options
 def upscale(
     prompt: str,
     output: Path,

@@ -1,6 +1,6 @@
 """Sparse attention in diffusers pipelines. Importing this needs torch only; each name loads on first use."""
 
-from importlib import import_module
+from vision_attn._lazy import lazily
 
 # Public name -> the module of this folder that defines it.
 _PUBLIC = {
@@ -40,9 +40,4 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _PUBLIC)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from vision_attn.diffusion.attachment import attach, denoisers
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.methods.clear import CLEAR
+from vision_attn.diffusion.pixels import as_pixels, counting, finite
 from vision_attn.kernels.patterns import Pattern
 
 # CLEAR's published settings for FLUX.1: 64 x 64 image and 512 text tokens, rotary base and flow shift times ten.
@@ -124,8 +125,8 @@ def upscale_image(
                 prompts, height=base[0], width=base[1], num_inference_steps=steps, output_type="np",
                 generator=generator, **call,
             ).images  # fmt: skip
-        stages, total, report = [_finite(small, pipe)], run * len(sizes), None
-        with _counter(progress, total) as count, attach(again, method, **(options or {})) as attached:
+        stages, total, report = [finite(small, pipe)], run * len(sizes), None
+        with counting(progress, total) as count, attach(again, method, **(options or {})) as attached:
             for i, size in enumerate(sizes):
 
                 def after(pipe: Any, step: int, timestep: Any, tensors: dict, done: int = i * run) -> dict:
@@ -140,7 +141,7 @@ def upscale_image(
                     prompts, image=large, strength=strength, num_inference_steps=steps, guidance_scale=guidance,
                     output_type="np", generator=generator, callback_on_step_end=after, **where, **call,
                 ).images  # fmt: skip
-                stages.append(_finite(images, pipe))
+                stages.append(finite(images, pipe))
             report = attached.report
     return UpscaledImage(stages[-1], stages, report)
 
@@ -190,7 +191,7 @@ def _prompts_and_images(pipe: Any, given: Any, prompt: Any) -> tuple[list[str], 
     texts = isinstance(given, str) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], str))
     if texts and prompt is not None:
         raise TypeError("a prompt was given twice; prompt= goes with an image")
-    text, images = (given, None) if texts else (prompt, _images(given))
+    text, images = (given, None) if texts else (prompt, as_pixels(given, "image"))
     if text is None:
         raise ValueError("an image needs the prompt that it is drawn from again; give prompt=...")
     if getattr(pipe, "text_encoder", None) is None:
@@ -201,39 +202,6 @@ def _prompts_and_images(pipe: Any, given: Any, prompt: Any) -> tuple[list[str], 
     if images is not None and len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images; give one, or one each")
     return prompts, images
-
-
-def _images(given: Any) -> np.ndarray:
-    """Images in any accepted form as float32 `[batch, height, width, 3]` from 0 to 1."""
-    if isinstance(given, torch.Tensor):
-        given = given.detach().cpu().numpy()
-    try:
-        array = (
-            np.stack([np.asarray(each) for each in given]) if isinstance(given, (list, tuple)) else np.asarray(given)
-        )
-    except ValueError:
-        array = np.empty(0)
-    array = array[None] if array.ndim == 3 else array
-    if array.ndim != 4 or array.shape[-1] != 3 or not array.size or array.dtype.kind not in "uif":
-        raise TypeError(
-            "an image must be [height, width, 3], or a batch of those, as array, tensor or PIL image in RGB; got "
-            f"{type(given).__name__} of shape {list(array.shape)}"
-        )
-    if array.dtype == np.uint8:
-        return array.astype(np.float32) / 255
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1 + 1e-3:
-        raise ValueError(
-            f"an image that is not uint8 must hold numbers from 0 to 1; got {array.min()} to {array.max()}"
-        )
-    return array.clip(0, 1)
-
-
-def _finite(images: Any, pipe: Any) -> np.ndarray:
-    images = np.asarray(images, dtype=np.float32)
-    if not np.isfinite(images).all():
-        raise RuntimeError(f"the model produced NaN in {pipe.dtype}; use float32 or bfloat16")
-    return images
 
 
 @contextlib.contextmanager
@@ -247,14 +215,3 @@ def _tiled(vae: Any):
     finally:
         if before is not None:
             vae.use_tiling = before
-
-
-@contextlib.contextmanager
-def _counter(progress: bool | Callable[[int, int], None], total: int):
-    if callable(progress):
-        yield lambda done: progress(done, total)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="upscale", disable=not progress) as bar:
-        yield lambda done: bar.update(done - bar.n)

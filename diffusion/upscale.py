@@ -19,6 +19,7 @@ from vision_attn.diffusion.checkpoint import Checkpoint, states
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.methods.freeswim import FreeSwim
 from vision_attn.diffusion.native import Native, native
+from vision_attn.diffusion.pixels import as_pixels, counting, finite
 from vision_attn.diffusion.restart import shifted, skip_steps
 from vision_attn.kernels.patterns import Pattern
 
@@ -148,8 +149,7 @@ def upscale_video(
             video = kept.load_base(generator)
         if video is None:
             small = dict(height=known.height, width=known.width, num_inference_steps=steps, output_type="np")
-            video = np.asarray(pipe(prompt=prompts, generator=generator, **small, **call).frames, dtype=np.float32)
-            _check_finite(video, pipe)
+            video = finite(pipe(prompt=prompts, generator=generator, **small, **call).frames, pipe)
             kept.save_base(video, generator)
         if "image" in inspect.signature(type(pipe).__call__).parameters and "image" not in call:
             call["image"] = _picture(video[0, 0])
@@ -162,7 +162,7 @@ def upscale_video(
             kept.save_step(0, latents, late)
         late = skip_steps(scheduler, steps - run, done, state)
         every = getattr(method, "cache_steps", None) or 1
-        with _counting(progress, done, run) as count_step:
+        with counting(progress, run, done) as count_step:
 
             def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
                 now = done + step + 1
@@ -176,8 +176,7 @@ def upscale_video(
                     prompt=prompts, height=height, width=width, num_inference_steps=steps, latents=latents,
                     generator=generator, callback_on_step_end=after, output_type="np", **call,
                 ).frames  # fmt: skip
-    large = np.asarray(large, dtype=np.float32)
-    _check_finite(large, pipe)
+    large = finite(large, pipe)
     kept.clear()
     return Upscaled(large, video, attached.report)
 
@@ -243,7 +242,7 @@ def _prompts_and_video(pipe: Any, given: Any, prompt: Any) -> tuple[list[str], n
     texts = isinstance(given, str) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], str))
     if texts and prompt is not None:
         raise TypeError("a prompt was given twice; prompt= goes with a video")
-    text, video = (given, None) if texts else (prompt, _frames(given))
+    text, video = (given, None) if texts else (prompt, as_pixels(given, "video"))
     if text is None:
         raise ValueError("a video needs the prompt that it is drawn from again; give prompt=...")
     if getattr(pipe, "text_encoder", None) is None:
@@ -256,30 +255,6 @@ def _prompts_and_video(pipe: Any, given: Any, prompt: Any) -> tuple[list[str], n
     if video is not None and len(prompts) != len(video):
         raise ValueError(f"{len(prompts)} prompts for {len(video)} videos; give one, or one each")
     return prompts, video
-
-
-def _frames(video: Any) -> np.ndarray:
-    """A video in any accepted form as float32 `[batch, frames, height, width, 3]` from 0 to 1."""
-    if isinstance(video, torch.Tensor):
-        video = video.detach().cpu().numpy()
-    try:
-        array = np.asarray([np.asarray(frame) for frame in video] if isinstance(video, (list, tuple)) else video)
-    except (ValueError, TypeError):
-        array = np.empty(0)
-    array = array[None] if array.ndim == 4 else array
-    if array.ndim != 5 or array.shape[-1] != 3 or not array.size or array.dtype.kind not in "uif":
-        raise TypeError(
-            "a video must be [frames, height, width, 3], or a batch of those, as array, tensor or list of PIL images; "
-            f"got {type(video).__name__} of shape {list(array.shape)}"
-        )
-    if array.dtype == np.uint8:
-        return array.astype(np.float32) / 255
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1 + 1e-3:
-        raise ValueError(
-            f"a video that is not uint8 must hold numbers from 0 to 1; got {array.min():g} to {array.max():g}"
-        )
-    return array.clip(0, 1)
 
 
 def _encode(pipe: Any, video: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -316,11 +291,6 @@ def _picture(frame: np.ndarray) -> Any:
     return Image.fromarray((frame * 255).round().astype(np.uint8))
 
 
-def _check_finite(frames: np.ndarray, pipe: Any) -> None:
-    if not np.isfinite(frames).all():
-        raise RuntimeError(f"the model produced NaN in {pipe.dtype}; use float32 or bfloat16")
-
-
 @contextlib.contextmanager
 def _scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
     before, pipe.scheduler = pipe.scheduler, scheduler
@@ -352,14 +322,3 @@ def _quiet(pipe: Any) -> Iterator[None]:
             pipe._progress_bar_config = before
         else:
             del pipe._progress_bar_config
-
-
-@contextlib.contextmanager
-def _counting(progress: bool | Callable[[int, int], None], done: int, run: int) -> Iterator[Callable[[int], None]]:
-    if callable(progress):
-        yield lambda now: progress(now, run)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=run, initial=done, desc="upscale", disable=not progress) as bar:
-        yield lambda now: bar.update(now - bar.n)

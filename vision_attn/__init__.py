@@ -8,10 +8,9 @@ Example:
     torch.Size([1, 16, 16, 4, 32])
 """
 
-from importlib import import_module
-
 from vision_attn import _checkout as _checkout
 from vision_attn import _timm
+from vision_attn._lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -41,12 +40,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'vision_attn' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
-    value = getattr(import_module(f"vision_attn.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

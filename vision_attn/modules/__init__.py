@@ -1,8 +1,8 @@
 """Attention layers for vision models; each name loads its file on first use."""
 
-from importlib import import_module
-
 import timm  # noqa: F401  before any layer is half imported: the first import of timm imports our backbones
+
+from vision_attn._lazy import lazily
 
 # Public name -> the file that defines it.
 _PUBLIC = {
@@ -30,14 +30,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(
-            f"module 'vision_attn.modules' has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
-        )
-    value = getattr(import_module(f"vision_attn.modules.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:
