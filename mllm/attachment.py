@@ -45,7 +45,7 @@ def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: t
         visual_mask: bool `[batch, length]`, for prompts given as `inputs_embeds`.
 
     Returns:
-        A run: context manager, `run.report`, `run.detach()`.
+        A run: context manager, `run.detach()`.
 
     Raises:
         TypeError: what is given is no method.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import torch
@@ -53,9 +52,9 @@ class Cuts:
         return cuts
 
     def install(self) -> None:
-        first = 0 if self.engine.cache is not None else min(self.cuts | self.watched)
+        self.first = 0 if self.engine.cache is not None else min(self.cuts | self.watched)
         for number, module in enumerate(self.layers):
-            if number >= first:
+            if number >= self.first:
                 self.engine.before(module, functools.partial(self._enter, number))
         self.engine.after(self.engine.text, self._leave)
 
@@ -72,8 +71,8 @@ class Cuts:
                 more = cache.get_seq_length(number) - cached.valid.shape[1] + hidden.shape[1]
                 kwargs["attention_mask"] = self._mask(number, hidden, cached, more, kwargs)
             return (hidden, *args[1:]), kwargs
-        if number == 0 or not self.views and self.index is None:
-            self.masks = {}
+        if number == self.first:  # a prompt before this one may have failed half way
+            self.index, self.notes, self.views, self.masks = None, {}, [], {}
         now, plain = prompt.tokens[number], kwargs
         if self.index is not None:
             kwargs = self._narrow(number, hidden, now, plain)
@@ -81,9 +80,7 @@ class Cuts:
         if number in self.watched:
             engine.layer.observe(view, self.notes)
         if number in self.cuts:
-            start = time.perf_counter()
             keep = engine.layer.select(view, self.notes) | ~now.visual
-            prompt.seconds += time.perf_counter() - start
             tokens, index = now.kept(keep)
             if len(tokens) < len(now):
                 hidden = take(hidden, index, 1)
@@ -138,9 +135,7 @@ class Cuts:
     def _leave(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         engine = self.engine
         if engine.reading and engine.current is not None and engine.cache is not None:
-            start = time.perf_counter()
             self._shorten_cache(kwargs.get("past_key_values"))
-            engine.current.seconds += time.perf_counter() - start
         if engine.reading:
             self.index, self.notes, self.views, self.masks = None, {}, [], {}
 

@@ -9,7 +9,6 @@ pre-hook on each layer (`cuts.py`). Nothing of the model is replaced but, for me
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,7 +34,7 @@ class Prompt:
         cached: the tokens in the cache of each layer; as `tokens` but where the cache was shortened, and then `column`
             and `visual` are `[batch, kv_heads, n]`.
         compact: positions were renumbered.
-        seconds: spent on selecting.
+        texts: real tokens of each row before anything was dropped, long `[batch]`.
     """
 
     length: int
@@ -43,9 +42,7 @@ class Prompt:
     tokens: list[Tokens]
     cached: list[Tokens]
     compact: bool
-    visual: torch.Tensor
-    texts: torch.Tensor  # real tokens of each row before anything was dropped
-    seconds: float = 0.0
+    texts: torch.Tensor
 
 
 class Engine:
@@ -162,9 +159,7 @@ class Engine:
         compact = self.positions == "compact" or (
             self.positions == "auto" and self.input is not None and not self.family.mrope
         )
-        prompt = Prompt(
-            visual.shape[1], tokens, [tokens] * self.count, [tokens] * self.count, compact, tokens.visual, valid.sum(1)
-        )
+        prompt = Prompt(visual.shape[1], tokens, [tokens] * self.count, [tokens] * self.count, compact, valid.sum(1))
         self.current = prompt
         if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
             kwargs["position_ids"] = self._numbers(valid)
@@ -172,9 +167,7 @@ class Engine:
             if kwargs.get("attention_mask") is None:
                 kwargs["attention_mask"] = tokens.mask()
         else:
-            start = time.perf_counter()
             keep, embeds = self._select(tokens, embeds)
-            prompt.seconds += time.perf_counter() - start
             tokens, index = tokens.kept(keep)
             prompt.read, prompt.tokens, prompt.cached = tokens, [tokens] * self.count, [tokens] * self.count
             numbers = self._numbers(tokens.valid) if compact else take_positions(kwargs["position_ids"], index)
@@ -248,12 +241,3 @@ class Engine:
             step = torch.arange(new, device=first.device)
             kwargs["position_ids"] = first + step + self.family.first_position
         kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), tokens, after, new)
-
-    def visual(self, layer: int, keys: int) -> torch.Tensor | None:
-        """Which of the `keys` that attention of a layer sees are visual, bool `[batch, 1 or kv_heads, keys]`; None
-        without images."""
-        if self.current is None:
-            return None
-        found = self.current.cached[layer].visual
-        found = found[:, None] if found.ndim == 2 else found
-        return torch.nn.functional.pad(found, (0, keys - found.shape[-1]))

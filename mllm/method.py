@@ -21,10 +21,6 @@ class Method:
     def check(self, model: Any, family: Any) -> None:
         """Raise ValueError when the method cannot work on a model; called before anything is changed."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The method as plain JSON values."""
-        return {"method": self.name, **dataclasses.asdict(self)}
-
 
 @dataclasses.dataclass(frozen=True)
 class InputPrune(Method):

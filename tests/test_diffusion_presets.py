@@ -73,7 +73,8 @@ def test_fitted_presets_attach_and_act(name: str):
     fitted = fit_preset(preset(name), model.grid)
     kept = fitted.pattern.density(model.grid)
     if kept == 1:
-        pytest.skip("on this tiny grid the fitted window is everything")
+        assert fitted.pattern.is_dense(model.grid)  # on this tiny grid the fitted window is everything
+        return
     options = {"dense_steps": 0, "dense_layers": 0}  # two layers, one call
     with torch.no_grad(), Preset(fitted.pattern, options, fitted.model).attach(denoiser, strict=True) as run:
         denoiser(**model.inputs(1))

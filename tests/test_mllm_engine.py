@@ -322,6 +322,22 @@ def test_what_cannot_be_done_is_said():
     assert torch.equal(generate(model, inputs)[1], stock)
 
 
+def test_a_prompt_after_one_that_failed_half_way():
+    vlm = VLMS["Llava"]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    with attach(model, late(vlm)):
+        _, wanted = generate(model, inputs)
+
+        def fail(*_):
+            raise RuntimeError("boom")
+
+        handle = model.get_decoder().layers[-1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            generate(model, vlm.inputs(ROWS, seed=1))
+        handle.remove()
+        assert torch.equal(generate(model, inputs)[1], wanted)
+
+
 def test_a_prompt_given_as_embeddings():
     vlm = VLMS["Llava"]
     model, inputs = vlm.build(), single(vlm, ROWS, 0)

@@ -32,7 +32,7 @@ def attach(target: Any, *what: Any, **options: Any) -> Any:
             `vision_attn.retrofit.attach` for timm and open_clip, `vision_attn.mllm.attach` for transformers.
 
     Returns:
-        A run: context manager, `run.report`, `run.detach()`.
+        A run: context manager, `run.detach()`, and `run.report` but for vision-language models.
 
     Raises:
         TypeError: no host serves the target.
