@@ -12,7 +12,7 @@ import torch
 
 from vision_attn.hosts import AttachError
 from vision_attn.mllm.families import Family
-from vision_attn.mllm.interface import LISTENER, switch
+from vision_attn.mllm.interface import Compute, listen, switch
 
 ROWS = 1024  # query rows whose weights exist at once
 
@@ -72,8 +72,7 @@ class TowerWatch:
     def install(self, undo: list[Callable[[], None]]) -> None:
         undo.append(switch(self.tower.config))
         for module, layer in self.layers.values():
-            vars(module)[LISTENER] = functools.partial(_remember, layer)
-            undo.append(functools.partial(vars(module).pop, LISTENER, None))
+            undo.append(listen(module, functools.partial(_remember, layer)))
         for name in ("get_image_features", "get_video_features"):
             if hasattr(self.base, name):
                 # `generate` reads the signature to know which inputs were used, and `wraps` keeps it.
@@ -114,8 +113,8 @@ class TowerWatch:
         return [own[row - row % beams][rows[:i].count(row)] for i, row in enumerate(rows)]
 
 
-def _remember(layer: TowerLayer, module: Any, q, k, v, mask, scale: float, out: torch.Tensor) -> torch.Tensor:
+def _remember(layer: TowerLayer, module: Any, q, k, v, mask, scale: float, compute: Compute) -> torch.Tensor:
     layer.q.append(q.detach())
     layer.k.append(k.detach())
     layer.scale = scale
-    return out
+    return compute(q, k, v, mask)

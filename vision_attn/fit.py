@@ -47,6 +47,8 @@ class Checkpoint:
         for name, value in weights_of(self.module).items():
             value.data.copy_(stored[f"model.{name}"])
         for name, parameter in self.module.named_parameters():
+            if f"adam.step.{name}" not in stored:  # it never had a gradient
+                continue
             moments = {key: stored[f"adam.{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": stored[f"adam.step.{name}"], **moments}
         return int(meta["step"]), float(meta["seconds"])
