@@ -5,6 +5,8 @@ from vision_attn._lazy import lazily
 # Public name -> the module of this folder that defines it.
 _PUBLIC = {
     "attach": "attachment",
+    "prefill_flops": "report",
+    "kv_bytes": "report",
     "FAMILIES": "families",
     "FasterVLM": "methods.fastervlm",
     "FastV": "methods.fastv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ import torch
 from vision_attn.mllm.engine import Engine
 from vision_attn.mllm.families import family_of
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method
+from vision_attn.mllm.report import Report
 
 POSITIONS = ("auto", "original", "compact")
 _ATTACHED: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
@@ -20,6 +22,13 @@ class Run:
 
     def __init__(self, model: Any, methods: tuple[Method, ...], engine: Engine) -> None:
         self.model, self.methods, self.engine = model, methods, engine
+
+    @property
+    def report(self) -> Report:
+        """Tokens, FLOPs and cache bytes of the prompts read so far; `print(run.report)`."""
+        methods = [{"method": type(m).__name__, **_options(m)} for m in self.methods]
+        positions = "compact" if self.engine.compact else "original"
+        return Report(type(self.model).__name__, methods, positions, list(self.engine.reads))
 
     def detach(self) -> None:
         """Take everything out again. Safe to call twice."""
@@ -34,6 +43,13 @@ class Run:
         self.detach()
 
 
+def _options(method: Method) -> dict[str, Any]:
+    """The fields of a method that say something in a report."""
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    plain = (str, int, float, bool, type(None), tuple, list)
+    return {name: value if isinstance(value, plain) else type(value).__name__ for name, value in fields.items()}
+
+
 def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: torch.Tensor | None = None) -> Run:
     """Make a transformers vision-language model drop or steer visual tokens, until detached.
 
@@ -45,7 +61,7 @@ def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: t
         visual_mask: bool `[batch, length]`, for prompts given as `inputs_embeds`.
 
     Returns:
-        A run: context manager, `run.detach()`.
+        A run: context manager, `run.report`, `run.detach()`.
 
     Raises:
         TypeError: what is given is no method.

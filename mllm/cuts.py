@@ -78,9 +78,11 @@ class Cuts:
             kwargs = self._narrow(number, hidden, now, plain)
         view = Layer(number, module, hidden, now, kwargs.get("position_embeddings"), engine.entered)
         if number in self.watched:
-            engine.layer.observe(view, self.notes)
+            with engine.choosing():
+                engine.layer.observe(view, self.notes)
         if number in self.cuts:
-            keep = engine.layer.select(view, self.notes) | ~now.visual
+            with engine.choosing():
+                keep = engine.layer.select(view, self.notes) | ~now.visual
             tokens, index = now.kept(keep)
             if len(tokens) < len(now):
                 hidden = take(hidden, index, 1)
@@ -153,7 +155,8 @@ class Cuts:
             view.cached = layer.keys, layer.values
             heads = layer.keys.shape[1]
             visual = view.tokens.visual[:, None].expand(-1, heads, -1)
-            keep = (method.select(view) | ~visual) & view.tokens.valid[:, None]
+            with self.engine.choosing():
+                keep = (method.select(view) | ~visual) & view.tokens.valid[:, None]
             size = int(keep.sum(-1).max())
             index = keep.int().argsort(dim=-1, stable=True)[..., -size:]
             valid = keep.gather(-1, index)

@@ -8,8 +8,11 @@ pre-hook on each layer (`cuts.py`). Nothing of the model is replaced but, for me
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +22,7 @@ from vision_attn.hosts import AttachError
 from vision_attn.mllm.families import Family
 from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
+from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
 from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, runs, shorten, take, take_positions
 from vision_attn.mllm.towers import TowerWatch
 
@@ -35,6 +39,8 @@ class Prompt:
             and `visual` are `[batch, kv_heads, n]`.
         compact: positions were renumbered.
         texts: real tokens of each row before anything was dropped, long `[batch]`.
+        visual: visual tokens of each row before anything was dropped.
+        seconds: host time spent on choosing what stays.
     """
 
     length: int
@@ -43,6 +49,8 @@ class Prompt:
     cached: list[Tokens]
     compact: bool
     texts: torch.Tensor
+    visual: list[int]
+    seconds: float = 0.0
 
 
 class Engine:
@@ -64,8 +72,16 @@ class Engine:
         self.prepared: Any = None  # the mask that was prepared outside of the text model, after shortening
         self.entered: torch.Tensor | None = None  # the embeddings that entered the text model
         self.watch: TowerWatch | None = None
+        self.reads: deque[Read] = deque(maxlen=1000)
         self._ids = self._mask = None
         self._undo: list[Callable[[], None]] = []
+
+    @property
+    def compact(self) -> bool:
+        """Tokens that stay are numbered anew."""
+        return self.positions == "compact" or (
+            self.positions == "auto" and self.input is not None and not self.family.mrope
+        )
 
     def install(self) -> None:
         """Put the hooks in. What fails here has changed nothing once `uninstall` was called."""
@@ -76,6 +92,7 @@ class Engine:
         self.before(self.text, self._enter_text)
         if self.layer is not None or self.cache is not None:
             Cuts(self).install()
+        self.after(self.text, self._leave_text)
         if self.input is not None and self.input.tower_layers:
             self.watch = TowerWatch(self.base, self.family, self.input.tower_layers)
             self.watch.install(self._undo)
@@ -156,10 +173,9 @@ class Engine:
         embeds = kwargs["inputs_embeds"]
         valid = real_tokens(self._mask if self._mask is not None else kwargs.get("attention_mask"), visual)
         tokens = Tokens.of_prompt(valid, visual)
-        compact = self.positions == "compact" or (
-            self.positions == "auto" and self.input is not None and not self.family.mrope
-        )
-        prompt = Prompt(visual.shape[1], tokens, [tokens] * self.count, [tokens] * self.count, compact, valid.sum(1))
+        layers = [tokens] * self.count
+        texts, images = valid.sum(1), tokens.visual.sum(1).tolist()
+        prompt = Prompt(visual.shape[1], tokens, layers, list(layers), self.compact, texts, images)
         self.current = prompt
         if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
             kwargs["position_ids"] = self._numbers(valid)
@@ -167,10 +183,11 @@ class Engine:
             if kwargs.get("attention_mask") is None:
                 kwargs["attention_mask"] = tokens.mask()
         else:
-            keep, embeds = self._select(tokens, embeds)
+            with self.choosing():
+                keep, embeds = self._select(tokens, embeds)
             tokens, index = tokens.kept(keep)
             prompt.read, prompt.tokens, prompt.cached = tokens, [tokens] * self.count, [tokens] * self.count
-            numbers = self._numbers(tokens.valid) if compact else take_positions(kwargs["position_ids"], index)
+            numbers = self._numbers(tokens.valid) if self.compact else take_positions(kwargs["position_ids"], index)
             kwargs |= {"inputs_embeds": take(embeds, index, 1), "position_ids": numbers}
             shorten(kwargs, index, tokens, self.config)
             if kwargs.get("deepstack_visual_embeds") is not None:
@@ -178,6 +195,35 @@ class Engine:
                 kwargs["deepstack_visual_embeds"] = [part[stays] for part in kwargs["deepstack_visual_embeds"]]
                 kwargs["visual_pos_masks"] = tokens.visual
         self.prepared, self.entered = kwargs["attention_mask"], kwargs["inputs_embeds"]
+
+    @contextlib.contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Count the time of what happens inside as spent on choosing tokens."""
+        start = time.perf_counter()
+        yield
+        self.current.seconds += time.perf_counter() - start
+
+    def _leave_text(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """On the text model: note what was read."""
+        prompt = self.current
+        if prompt is None or not self.reading:
+            return
+        rows, last, cache = len(prompt.visual), prompt.tokens[-1], kwargs.get("past_key_values")
+        self.reads.append(
+            Read(
+                rows=rows,
+                visual=prompt.visual,
+                kept=last.visual.sum(1).tolist(),
+                tokens=[len(tokens) for tokens in prompt.tokens],
+                length=prompt.length,
+                padded=1 - last.valid.float().mean().item(),
+                flops=rows * prefill_flops(self.config, [len(tokens) for tokens in prompt.tokens]),
+                stock_flops=rows * prefill_flops(self.config, [prompt.length] * self.count),
+                cache=0 if cache is None else cache_bytes(cache),
+                stock_cache=0 if cache is None else rows * kv_bytes(self.config, prompt.length, self.entered.dtype),
+                select_seconds=prompt.seconds,
+            )
+        )
 
     def _numbers(self, valid: torch.Tensor) -> torch.Tensor:
         """Positions counted from the first real token of each row."""

@@ -373,3 +373,29 @@ def test_a_copy_is_not_attached():
     with attach(model, Third()):
         twin = copy.deepcopy(model)
     attach(twin, Third()).detach()
+
+
+@EVERY
+def test_the_report_says_what_was_read(vlm: VLM):
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    with attach(model, Third(keep=1.0)) as run:
+        assert "no prompt" in str(run.report)
+        generate(model, inputs, tokens=2)
+        (read,) = run.report.prompts
+    length = inputs["input_ids"].shape[1]
+    assert read.tokens == [length] * 4 and read.kept == read.visual == [
+        sum(row) for row in (inputs["input_ids"] == IMAGE)
+    ]
+    # One more token was generated since, and layers with a window are full.
+    assert read.flops == read.stock_flops and read.cache == read.stock_cache
+    with attach(model, Third(keep=0.5), late(vlm), Cached()) as run:
+        out = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
+        (read,) = run.report.prompts
+        column = run.engine.current.tokens[-1].visual
+    assert read.kept == column.sum(1).tolist() and sum(read.kept) < sum(read.visual) // 2
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+    assert read.cache == held < read.stock_cache and 0 < read.flops < read.stock_flops and read.select_seconds > 0
+    assert 0 < read.padded < 1
+    text = str(run.report)
+    assert f"{sum(read.kept)} of {sum(read.visual)}" in text and "GFLOP by formula" in text
+    run.report.to_dict()

@@ -1,0 +1,130 @@
+"""What holds for every method that attach() takes for vision-language models, on every family that it can serve.
+
+It changes what the model says, treats the rows of a padded batch as if each were alone, leaves rows without an image as
+they are, and leaves no trace, also after an exception. One line of `METHODS` per method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from vlm_models import PRUNED, VLM, VLMS, generate, single  # noqa: E402
+
+from vision_attn import mllm  # noqa: E402
+
+ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
+CLOSE = dict(atol=1e-4, rtol=1e-4)
+PRUNABLE = tuple(vlm.name for vlm in PRUNED)
+CLASS_TOKEN = tuple(vlm.name for vlm in PRUNED if vlm.tower == "cls")
+EVERYWHERE = tuple(VLMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How to make a method for a family, and what is expected of it.
+
+    Args:
+        make: `(vlm) -> methods`, one or a list of several that are attached together.
+        families: names in `VLMS` that it serves.
+        first: it changes the first token already; methods that shorten the cache afterwards do not.
+        alone: rows of a batch equal single runs; not for methods that draw noise by the place in the batch.
+        text: it changes rows without an image too.
+    """
+
+    make: Callable[[VLM], Any]
+    families: tuple[str, ...] = PRUNABLE
+    first: bool = True
+    alone: bool = True
+    text: bool = False
+
+
+METHODS: dict[str, Entry] = {
+    "random": Entry(lambda vlm: mllm.RandomPrune(keep=0.5), alone=False),
+    "uniform": Entry(lambda vlm: mllm.UniformPrune(keep=0.5)),
+    "fastervlm": Entry(lambda vlm: mllm.FasterVLM(keep=0.5)),
+    "fastv": Entry(lambda vlm: mllm.FastV(keep=0.5, layer=2)),
+    "kvprune": Entry(lambda vlm: mllm.KVPrune(keep=0.5, rows=4, pool=3), first=False),
+}
+CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
+EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+def made(entry: Entry, vlm: VLM) -> list[Any]:
+    methods = entry.make(vlm)
+    return methods if isinstance(methods, list) else [methods]
+
+
+def trace(model: torch.nn.Module) -> Any:
+    """Everything that attaching might leave behind."""
+    modules = {
+        name: (type(m), sorted(vars(m)), list(m._forward_hooks), list(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+    configs = [model.config._attn_implementation, model.config.get_text_config()._attn_implementation]
+    configs += [getattr(model.config.vision_config, "_attn_implementation", None)]
+    return modules, configs, [(name, t.data_ptr()) for name, t in model.state_dict().items()]
+
+
+@EVERY
+def test_a_method_on_a_family(name: str, family: str):
+    entry, vlm = METHODS[name], VLMS[family]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    _, stock = generate(model, inputs, tokens=3)
+    before = trace(model)
+    with mllm.attach(model, *made(entry, vlm)) as run:
+        _, batch = generate(model, inputs, tokens=3)
+        assert batch.isfinite().any() and batch.shape == stock.shape
+        if entry.alone:
+            for i in range(len(ROWS)):
+                _, row = generate(model, single(vlm, ROWS, i), tokens=3)
+                torch.testing.assert_close(batch[:, i : i + 1], row, **CLOSE)
+        assert str(run.report) and run.report.to_dict()
+    assert trace(model) == before
+    first = 0 if entry.first else 1
+    assert not torch.allclose(batch[first:, :2], stock[first:, :2], atol=1e-4)
+    if not entry.first:
+        assert torch.equal(batch[0], stock[0])
+    if not entry.text:
+        torch.testing.assert_close(batch[:, 2], stock[:, 2], **CLOSE)
+    with pytest.raises(RuntimeError, match="boom"), mllm.attach(model, *made(entry, vlm)):
+        handle = model.get_decoder().layers[-1].mlp.register_forward_pre_hook(boom)
+        try:
+            generate(model, inputs, tokens=3)
+        finally:
+            handle.remove()
+    assert trace(model) == before
+    assert torch.equal(generate(model, inputs, tokens=3)[1], stock)
+
+
+def boom(*_: Any) -> None:
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision(name: str):
+    entry = METHODS[name]
+    vlm = VLMS[entry.families[0]]
+    model = vlm.build().to(torch.bfloat16)
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in vlm.inputs(ROWS).items()}
+    with mllm.attach(model, *made(entry, vlm)):
+        assert not generate(model, inputs, tokens=3)[1].isnan().any()
+
+
+def test_every_method_is_here():
+    from vision_attn.mllm.method import Method
+
+    public = [getattr(mllm, name) for name in mllm.__all__]
+    methods = {cls.name for cls in public if isinstance(cls, type) and issubclass(cls, Method) and cls.name}
+    assert methods <= set(METHODS), f"no line in METHODS: {sorted(methods - set(METHODS))}"
