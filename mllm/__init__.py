@@ -8,11 +8,21 @@ _PUBLIC = {
     "prefill_flops": "report",
     "kv_bytes": "report",
     "FAMILIES": "families",
+    "pope_questions": "metrics",
+    "says_yes": "metrics",
+    "yes_no_scores": "metrics",
+    "margin_area": "metrics",
+    "mme_scores": "metrics",
+    "Chair": "mentions",
+    "Amber": "mentions",
+    "amber_answers": "mentions",
+    "preference_pair": "sentinel",
     "FasterVLM": "methods.fastervlm",
     "FastV": "methods.fastv",
     "KVPrune": "methods.kvprune",
     "RandomPrune": "methods.baselines",
     "UniformPrune": "methods.baselines",
+    "VTCCLS": "methods.vtccls",
 }
 
 __all__ = list(_PUBLIC)
