@@ -23,6 +23,7 @@ _PUBLIC = {
     "RandomPrune": "methods.baselines",
     "UniformPrune": "methods.baselines",
     "VTCCLS": "methods.vtccls",
+    "VTCCLS": "methods.vtccls",
 }
 
 __all__ = list(_PUBLIC)

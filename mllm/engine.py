@@ -20,10 +20,10 @@ import torch
 
 from vision_attn.hosts import AttachError
 from vision_attn.mllm.families import Family
-from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
 from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
-from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, runs, shorten, take, take_positions
+from vision_attn.mllm.selection import choose, watch_for
+from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, shorten, take, take_positions
 from vision_attn.mllm.towers import TowerWatch
 
 
@@ -73,7 +73,7 @@ class Engine:
         self.entered: torch.Tensor | None = None  # the embeddings that entered the text model
         self.watch: TowerWatch | None = None
         self.reads: deque[Read] = deque(maxlen=1000)
-        self._ids = self._mask = None
+        self.ids = self._mask = None
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -93,8 +93,8 @@ class Engine:
         if self.layer is not None or self.cache is not None:
             Cuts(self).install()
         self.after(self.text, self._leave_text)
-        if self.input is not None and self.input.tower_layers:
-            self.watch = TowerWatch(self.base, self.family, self.input.tower_layers)
+        self.watch = None if self.input is None else watch_for(self.input, self.base, self.family)
+        if self.watch is not None:
             self.watch.install(self._undo)
 
     def before(self, module: Any, hook: Callable) -> None:
@@ -110,7 +110,7 @@ class Engine:
         while self._undo:
             self._undo.pop()()
         self.prompts = WeakKeyDictionary()
-        self.current = self.prepared = self.entered = self._ids = self._mask = None
+        self.current = self.prepared = self.entered = self.ids = self._mask = None
 
     def _refuse(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None:
@@ -122,7 +122,7 @@ class Engine:
         """On the multimodal model: remember where the images are."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
-        self._ids = ids
+        self.ids = ids
         if ids is not None:
             return
         given = kwargs.get("inputs_embeds")
@@ -132,16 +132,17 @@ class Engine:
                 "length], or call the model with input_ids"
             )
 
+    def shows(self, kind: str) -> torch.Tensor:
+        """Bool `[batch, length]`: where the ids of the prompt stand for an "image" or a "video"."""
+        token = getattr(self.model.config, f"{kind}_token_id", None)
+        return torch.zeros_like(self.ids, dtype=torch.bool) if token is None else self.ids == token
+
     def _visual(self, shape: torch.Size) -> torch.Tensor | None:
         """Bool `[batch, length]`, or None for a call without images."""
-        if self._ids is None:
+        if self.ids is None:
             visual = self.visual_mask
         else:
-            visual = torch.zeros_like(self._ids, dtype=torch.bool)
-            for kind in ("image", "video"):
-                token = getattr(self.model.config, f"{kind}_token_id", None)
-                if token is not None:
-                    visual |= self._ids == token
+            visual = self.shows("image") | self.shows("video")
         if visual is None or visual.shape != shape or shape[1] == 1 or not visual.any():
             return None
         return visual
@@ -184,7 +185,7 @@ class Engine:
                 kwargs["attention_mask"] = tokens.mask()
         else:
             with self.choosing():
-                keep, embeds = self._select(tokens, embeds)
+                keep, embeds = choose(self, tokens, embeds)
             tokens, index = tokens.kept(keep)
             prompt.read, prompt.tokens, prompt.cached = tokens, [tokens] * self.count, [tokens] * self.count
             numbers = self._numbers(tokens.valid) if self.compact else take_positions(kwargs["position_ids"], index)
@@ -228,33 +229,6 @@ class Engine:
     def _numbers(self, valid: torch.Tensor) -> torch.Tensor:
         """Positions counted from the first real token of each row."""
         return (valid.long().cumsum(1) - 1).clamp(min=0) + self.family.first_position
-
-    def _select(self, tokens: Tokens, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bool `[batch, length]` of what stays, and the embeddings, changed where a method makes new features."""
-        keep = tokens.valid & ~tokens.visual
-        images = [(row, *run) for row in range(len(keep)) for run in runs(tokens.visual[row])]
-        scores = [{} for _ in images] if self.watch is None else self.watch.scores_of([row for row, *_ in images])
-        for number, (row, start, stop) in enumerate(images):
-            fixed = torch.zeros(stop - start, dtype=torch.bool, device=embeds.device)
-            for values in scores[number].values():
-                if len(values) != stop - start:
-                    raise AttachError(
-                        f"image {number} has {stop - start} tokens in the prompt, and the vision tower gave "
-                        f"{len(values)}; a video, or an image that the prompt splits, cannot be scored this way"
-                    )
-                fixed = values.isnan()
-            free = (~fixed).nonzero()[:, 0]
-            words = embeds[row][tokens.valid[row] & ~tokens.visual[row]]
-            own = {layer: values[free] for layer, values in scores[number].items()}
-            image = Image(embeds[row, start:stop][free], words, own, number)
-            chosen = self.input.select(image, self.input.count(len(free)))
-            if isinstance(chosen, tuple):
-                chosen, made = chosen
-                embeds = embeds.clone()
-                embeds[row, start + free[chosen]] = made.to(embeds.dtype)
-            keep[row, start:stop] = fixed
-            keep[row, start + free[chosen]] = True
-        return keep, embeds
 
     def _go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> None:
         """A later call with the cache of a prompt: generated tokens, or another turn."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+Patches = Callable[[Any, torch.Tensor], torch.Tensor]
 Layout = Callable[[Any, torch.Tensor, dict[str, Any]], list[torch.Tensor]]
 
 
@@ -25,8 +26,14 @@ class Family:
         cls: the tower has a class token, the first of its sequence.
         mrope: positions are three-dimensional, so they cannot be renumbered.
         first_position: position of the first token.
-        layout: `(base model, scores [tiles, patches], arguments of get_image_features)` -> per image, a score for each
-            of its tokens in the prompt; NaN at tokens that show no patch.
+        group: `(base model, [tiles, patches, channels])` -> `[tiles, tokens, channels]`, means of the patches that make
+            one token of the text model.
+        layout: `(base model, [tiles, tokens, channels], arguments of get_image_features)` -> per image, or frame of a
+            video, `[tokens, channels]` in the order of the prompt; NaN at tokens that show no patch.
+        tiles: what follows each other without a word between is one image, cut in tiles.
+        projector: path in the base model of the module that gets `[..., tokens, channels]` of the tower and begins to
+            make tokens of the text model of it.
+        project: `(base model, [n, channels])` -> `[n, width]`, the same for any such rows.
         prune: tokens can be dropped; where not, the family is for steering only.
     """
 
@@ -36,67 +43,115 @@ class Family:
     cls: bool = False
     mrope: bool = False
     first_position: int = 0
-    layout: Layout = lambda base, scores, call: list(scores)
+    group: Patches = lambda base, x: x
+    layout: Layout = lambda base, x, call: list(x)
+    tiles: bool = False
+    projector: str = "multi_modal_projector"
+    project: Patches = lambda base, rows: base.multi_modal_projector(rows)
     prune: bool = True
 
 
-def _anyres(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
+def _anyres(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
     """The base view, then the unpadded tiles row by row with a newline token after each row."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    sizes = call["image_sizes"]
-    side = base.config.vision_config.image_size
-    counts = [image_size_to_num_patches(size, base.config.image_grid_pinpoints, side) for size in sizes]
-    newline = scores.new_full((1,), torch.nan)
-    tiles = [part[..., None] for part in scores.split(counts)]
+    newline = x.new_full((x.shape[-1],), torch.nan)
+    if call.get("pixel_values_videos") is not None:  # frames are pooled, and a video ends with one newline token
+        frames = call["pixel_values_videos"].shape[1]
+        parts = list(base.apply_pooling(x))
+        parts[frames - 1 :: frames] = [torch.cat([part, newline[None]]) for part in parts[frames - 1 :: frames]]
+        return parts
+    sizes, several = call["image_sizes"], call.get("batch_num_images")
+    alone = [True] * len(sizes) if several is None else [n == 1 for n in several for _ in range(n)]
+    side, grids = base.config.vision_config.image_size, base.config.image_grid_pinpoints
+    counts = [
+        image_size_to_num_patches(size, grids, side) if tiled else 1 for size, tiled in zip(sizes, alone, strict=True)
+    ]
     given = {"image_newline": newline}
-    if "vision_feature_select_strategy" in base.pack_image_features.__code__.co_varnames:
-        given["vision_feature_select_strategy"] = base.config.vision_feature_select_strategy
-    if "vision_aspect_ratio" in base.pack_image_features.__code__.co_varnames:
-        given["vision_aspect_ratio"] = base.config.vision_aspect_ratio
-    packed, _ = base.pack_image_features(tiles, sizes, **given)
-    return [part[:, 0] for part in packed]
+    for name in ("vision_feature_select_strategy", "vision_aspect_ratio"):
+        if name in base.pack_image_features.__code__.co_varnames:
+            given[name] = getattr(base.config, name)
+    return base.pack_image_features(x.split(counts), sizes, **given)[0]
 
 
-def _merged(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
-    """Each token is the mean of four patches that follow each other."""
-    grid = call.get("image_grid_thw", call.get("video_grid_thw"))
+def _grids(call: dict[str, Any]) -> list[list[int]]:
+    """Frames, rows and columns of patches of every image."""
+    return call.get("image_grid_thw", call.get("video_grid_thw")).tolist()
+
+
+def _quartet(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """Each token is made of patches that follow each other."""
+    return x.unflatten(1, (-1, base.config.vision_config.spatial_merge_size**2)).mean(2)
+
+
+def _frames(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
+    """All images and frames one after the other."""
     group = base.config.vision_config.spatial_merge_size**2
-    tokens = scores.flatten().view(-1, group).mean(1)
-    return list(tokens.split((grid.prod(-1) // group).tolist()))
+    return list(x[0].split([h * w // group for frames, h, w in _grids(call) for _ in range(frames)]))
 
 
-def _windowed(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
-    """As `_merged`, after undoing the order of windows in which the tower works."""
+def _windowed(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
+    """As `_frames`, after undoing the order of windows in which the tower works."""
     config, found = base.config.vision_config, []
     side = config.window_size // config.spatial_merge_size // config.patch_size
-    grids = call.get("image_grid_thw", call.get("video_grid_thw")).tolist()
-    for part, (frames, height, width) in zip(_merged(base, scores, call), grids, strict=True):
+    sizes = [(h, w) for frames, h, w in _grids(call) for _ in range(frames)]
+    for part, (height, width) in zip(_frames(base, x, call), sizes, strict=True):
         h, w = height // config.spatial_merge_size, width // config.spatial_merge_size
-        place = torch.arange(frames * h * w, device=part.device).view(frames, h, w)
-        windows = [window.flatten(1) for rows in place.split(side, 1) for window in rows.split(side, 2)]
-        order = torch.cat(windows, 1).flatten()
+        place = torch.arange(h * w, device=part.device).view(h, w)
+        order = torch.cat([window.flatten() for rows in place.split(side) for window in rows.split(side, 1)])
         found.append(torch.empty_like(part).index_copy_(0, order, part))
     return found
 
 
-def _shuffled(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
-    """Pixel shuffle of the connector: each token holds a square of patches."""
-    factor = base.config.scale_factor
-    return list(base.connector.pixel_shuffle(scores[..., None], factor).mean(-1))
+def _shuffled(shuffle: Callable[[Any, torch.Tensor], torch.Tensor]) -> Patches:
+    """A shuffle puts squares of patches into the channels of `[tiles, patches, 1]`; each token is the mean of one."""
+
+    def group(base: Any, x: torch.Tensor) -> torch.Tensor:
+        tiles, _, channels = x.shape
+        alone = x.transpose(1, 2).flatten(0, 1)[..., None]  # the shuffle would mix the channels
+        return shuffle(base, alone).mean(-1).view(tiles, channels, -1).transpose(1, 2)
+
+    return group
 
 
-def _internvl(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
-    side = int(scores.shape[1] ** 0.5)
-    maps = scores.view(-1, side, side, 1)
-    return list(base.pixel_shuffle(maps, scale_factor=base.config.downsample_ratio).mean(-1).flatten(1))
+def _internvl(base: Any, x: torch.Tensor) -> torch.Tensor:
+    side = int(x.shape[1] ** 0.5)
+    return base.pixel_shuffle(x.unflatten(1, (side, side)), scale_factor=base.config.downsample_ratio).flatten(1, 2)
 
 
-def _pooled(base: Any, scores: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
-    side = int(scores.shape[1] ** 0.5)
-    small = int(base.config.mm_tokens_per_image**0.5)
-    maps = scores.view(-1, 1, side, side)
-    return list(torch.nn.functional.avg_pool2d(maps, side // small).flatten(1))
+def _pooled(base: Any, x: torch.Tensor) -> torch.Tensor:
+    side, small = int(x.shape[1] ** 0.5), int(base.config.mm_tokens_per_image**0.5)
+    maps = x.transpose(1, 2).unflatten(2, (side, side))
+    return torch.nn.functional.avg_pool2d(maps, side // small).flatten(2).transpose(1, 2)
+
+
+def _qwen(name: str, layout: Layout) -> Family:
+    return Family(
+        name + _END,
+        tower="visual",
+        mrope=True,
+        group=_quartet,
+        layout=layout,
+        projector="visual.merger",
+        project=lambda base, rows: base.visual.merger(rows.view(-1, rows.shape[1] // base.visual.spatial_merge_unit)),
+    )
+
+
+def _idefics(name: str) -> Family:
+    return Family(
+        name + _END,
+        tower="vision_model",
+        text="text_model",
+        group=_shuffled(lambda base, x: base.connector.pixel_shuffle(x, base.config.scale_factor)),
+        projector="connector.modality_projection",
+        project=lambda base, rows: base.connector.modality_projection(rows),
+    )
+
+
+def _gemma(base: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The projector without its pooling."""
+    projector = base.multi_modal_projector
+    return (projector.mm_soft_emb_norm(rows) @ projector.mm_input_projection_weight).type_as(rows)
 
 
 _END = "ForConditionalGeneration"
@@ -106,13 +161,13 @@ FAMILIES = {
         Family("Llava" + _END, cls=True),
         Family("LlavaNext" + _END, cls=True, layout=_anyres),
         Family("LlavaOnevision" + _END, layout=_anyres),
-        Family("Qwen2VL" + _END, tower="visual", mrope=True, layout=_merged),
-        Family("Qwen2_5_VL" + _END, tower="visual", mrope=True, layout=_windowed),
-        Family("Qwen3VL" + _END, tower="visual", mrope=True, layout=_merged),
-        Family("InternVL" + _END, cls=True, layout=_internvl),
-        Family("Idefics3" + _END, tower="vision_model", text="text_model", layout=_shuffled),
-        Family("SmolVLM" + _END, tower="vision_model", text="text_model", layout=_shuffled),
-        Family("Gemma3" + _END, layout=_pooled),
+        _qwen("Qwen2VL", _frames),
+        _qwen("Qwen2_5_VL", _windowed),
+        _qwen("Qwen3VL", _frames),
+        Family("InternVL" + _END, cls=True, group=_shuffled(_internvl), tiles=True),
+        _idefics("Idefics3"),
+        _idefics("SmolVLM"),
+        Family("Gemma3" + _END, group=_pooled, projector="multi_modal_projector.mm_soft_emb_norm", project=_gemma),
         Family("PaliGemma" + _END, first_position=1),
         Family("InstructBlip" + _END, tower="vision_model", cls=True, prune=False),
     )

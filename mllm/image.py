@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,20 +14,32 @@ from vision_attn.mllm.tokens import Tokens, take
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """The visual tokens of one image (or video) of one row of the batch.
+    """The visual tokens of one image, or one frame of a video, of one row of the batch; newline tokens are left out.
+
+    What a method does not name in its `looks` is None.
 
     Args:
-        features: `[tokens, width]`, as the text model gets them; newline tokens are left out.
+        features: `[tokens, width]`, as the text model gets them.
         text: `[text tokens, width]`, the embedded words of the row.
-        attention: layer of the tower, as the method asked for it -> float32 `[tokens]`: what the class token gives to
-            each, mean over heads; where there is none, what each receives, mean over heads and rows.
+        ids: long `[text tokens]`, these words; None where the prompt came as embeddings.
         number: of the image in the batch, for methods that draw.
+        attention: float32 `[layers of the tower, tokens]`: what the class token gives to each, mean over heads; where
+            there is none, what each receives, mean over heads and rows. A token made of several patches has their mean.
+        keys: float32 `[tokens, heads, head_dim]`, of the last of these layers.
+        vision: `[tokens, channels]`, the features of the tower as its projector gets them, one row per token.
+        cls: `[channels]`, the class token among them, where the projector takes single patches.
+        project: makes features `[n, width]` of such rows `[n, channels]`.
     """
 
     features: torch.Tensor
     text: torch.Tensor
-    attention: dict[int, torch.Tensor]
-    number: int
+    ids: torch.Tensor | None = None
+    number: int = 0
+    attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    vision: torch.Tensor | None = None
+    cls: torch.Tensor | None = None
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Layer:

@@ -31,10 +31,19 @@ class InputPrune(Method):
     """
 
     keep: float | int = 0.25
-    tower_layers: ClassVar[tuple[int, ...]] = ()  # layers of the vision tower it looks into, negative from the end
+    looks: ClassVar[tuple[str, ...]] = ()  # what of `Image` it needs of the tower: "attention", "keys", "vision"
+    merged: ClassVar[bool] = False  # one softmax over the whole width of the tower, not one per head
 
     def __post_init__(self) -> None:
         check_keep(type(self).__name__, self.keep)
+
+    def tower_layers(self, count: int, cls: bool) -> tuple[int, ...]:
+        """Which of `count` layers of the vision tower it looks into: the one that the class token was published for.
+
+        Blocks that attend in windows tell nothing across them: where a tower has such blocks, those chosen among the
+        others are taken, or else the last of these.
+        """
+        return (max(count - 2, 0) if cls else count - 1,)
 
     def select(self, image: Image, keep: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Sorted indices of `keep` tokens of `image`; or those of the places to use, and the features to put there."""
@@ -97,6 +106,20 @@ def keep_count(name: str, keep: float | int, tokens: int) -> int:
             raise ValueError(f"{name}(keep={keep}): the image has {tokens} tokens; keep at most so many, or a share")
         return keep
     return max(1, round(keep * tokens))
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Sorted indices of the `count` largest of `scores` `[n]`, earlier ones first in a tie.
+
+    >>> largest(torch.tensor([1.0, 5, 2, 5]), 2).tolist()
+    [1, 3]
+    """
+    return ranked(scores)[:count].sort().values
+
+
+def ranked(scores: torch.Tensor) -> torch.Tensor:
+    """Indices of `scores` `[n]` from the largest to the smallest, earlier ones first in a tie."""
+    return scores.float().argsort(descending=True, stable=True)
 
 
 def top(scores: torch.Tensor, among: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -48,6 +48,7 @@ METHODS: dict[str, Entry] = {
     "random": Entry(lambda vlm: mllm.RandomPrune(keep=0.5), alone=False),
     "uniform": Entry(lambda vlm: mllm.UniformPrune(keep=0.5)),
     "fastervlm": Entry(lambda vlm: mllm.FasterVLM(keep=0.5)),
+    "vtccls": Entry(lambda vlm: mllm.VTCCLS(keep=0.5, start_layer=0)),
     "fastv": Entry(lambda vlm: mllm.FastV(keep=0.5, layer=2)),
     "kvprune": Entry(lambda vlm: mllm.KVPrune(keep=0.5, rows=4, pool=3), first=False),
 }

@@ -19,7 +19,7 @@ class RandomPrune(InputPrune):
         seed: of the draw; every image of a batch draws its own.
 
     >>> import torch
-    >>> image = Image(torch.zeros(9, 4), torch.zeros(2, 4), {}, 0)
+    >>> image = Image(torch.zeros(9, 4), torch.zeros(2, 4))
     >>> len(RandomPrune(keep=3).select(image, 3))
     3
     """
@@ -38,7 +38,7 @@ class UniformPrune(InputPrune):
     """Keep visual tokens at equal distances in raster order.
 
     >>> import torch
-    >>> image = Image(torch.zeros(9, 4), torch.zeros(2, 4), {}, 0)
+    >>> image = Image(torch.zeros(9, 4), torch.zeros(2, 4))
     >>> UniformPrune(keep=3).select(image, 3).tolist()
     [1, 4, 7]
     """
