@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.engine import Engine
 from vision_attn.mllm.families import family_of
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method
@@ -50,7 +51,13 @@ def _options(method: Method) -> dict[str, Any]:
     return {name: value if isinstance(value, plain) else type(value).__name__ for name, value in fields.items()}
 
 
-def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: torch.Tensor | None = None) -> Run:
+def attach(
+    model: Any,
+    *methods: Method,
+    positions: str = "auto",
+    visual_mask: torch.Tensor | None = None,
+    share_selection: bool = True,
+) -> Run:
     """Make a transformers vision-language model drop or steer visual tokens, until detached.
 
     Args:
@@ -59,6 +66,8 @@ def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: t
         positions: of the tokens that stay. "original" keeps the gaps, "compact" numbers them anew, "auto" is what the
             published code does: compact where tokens are dropped before a text model with plain positions.
         visual_mask: bool `[batch, length]`, for prompts given as `inputs_embeds`.
+        share_selection: the second branch of a contrastive method keeps the visual tokens that the main one keeps. With
+            False, and wherever a method makes new features of those it drops, methods choose again there.
 
     Returns:
         A run: context manager, `run.report`, `run.detach()`.
@@ -77,6 +86,9 @@ def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: t
         same = [type(method).__name__ for method in methods if isinstance(method, kind)]
         if len(same) > 1:
             raise ValueError(f"{' and '.join(same)} both drop tokens {where}; attach one of them")
+    contrasts = [type(method).__name__ for method in methods if isinstance(method, Contrast) and method.contrasts]
+    if len(contrasts) > 1:
+        raise ValueError(f"{' and '.join(contrasts)} both choose the next token; attach one of them")
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}; got {positions!r}")
     family = family_of(model)
@@ -95,6 +107,7 @@ def attach(model: Any, *methods: Method, positions: str = "auto", visual_mask: t
     for method in methods:
         method.check(model, family)
     engine = Engine(model, family, list(methods), positions, visual_mask)
+    engine.share = share_selection
     run = Run(model, methods, engine)
     try:
         engine.install()

@@ -19,11 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vision_attn.hosts import AttachError
+from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.families import Family
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
 from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
 from vision_attn.mllm.selection import choose, watch_for
-from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, shorten, take, take_positions
+from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, same_visual, shorten, take, take_positions
 from vision_attn.mllm.towers import TowerWatch
 
 
@@ -41,6 +42,9 @@ class Prompt:
         texts: real tokens of each row before anything was dropped, long `[batch]`.
         visual: visual tokens of each row before anything was dropped.
         seconds: host time spent on choosing what stays.
+        asked: bool `[batch, length]`, the visual tokens before anything was dropped.
+        stored: layer -> bool `[batch, kv_heads, n]`, which of `tokens` its shortened cache holds.
+        remade: features were changed where tokens were dropped.
     """
 
     length: int
@@ -51,6 +55,9 @@ class Prompt:
     texts: torch.Tensor
     visual: list[int]
     seconds: float = 0.0
+    asked: torch.Tensor | None = None
+    stored: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    remade: bool = False
 
 
 class Engine:
@@ -73,6 +80,10 @@ class Engine:
         self.entered: torch.Tensor | None = None  # the embeddings that entered the text model
         self.watch: TowerWatch | None = None
         self.reads: deque[Read] = deque(maxlen=1000)
+        self.contrast = next((m for m in methods if isinstance(m, Contrast) and m.contrasts), None)
+        self.share = True  # a second branch keeps the visual tokens that the main one keeps
+        self.branching = self.idle = False  # a second branch is running; and nothing is dropped from it
+        self.lender: Prompt | None = None  # the main prompt, whose choice holds in the second branch
         self.ids = self._mask = None
         self._undo: list[Callable[[], None]] = []
 
@@ -96,6 +107,10 @@ class Engine:
         self.watch = None if self.input is None else watch_for(self.input, self.base, self.family)
         if self.watch is not None:
             self.watch.install(self._undo)
+        if self.contrast is not None:
+            from vision_attn.mllm.branch import Branches
+
+            Branches(self, self.contrast).install(self._undo)
 
     def before(self, module: Any, hook: Callable) -> None:
         """Register a forward pre-hook that is taken out with the others."""
@@ -153,6 +168,8 @@ class Engine:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         self.current = None if cache is None else self.prompts.get(cache)
         self.reading = False
+        if self.idle:
+            return args, kwargs
         if self.current is not None:
             self._go_on(self.current, cache, kwargs)
             return args, kwargs
@@ -178,6 +195,7 @@ class Engine:
         texts, images = valid.sum(1), tokens.visual.sum(1).tolist()
         prompt = Prompt(visual.shape[1], tokens, layers, list(layers), self.compact, texts, images)
         self.current = prompt
+        prompt.asked = visual
         if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
             kwargs["position_ids"] = self._numbers(valid)
         if self.input is None:
@@ -185,7 +203,10 @@ class Engine:
                 kwargs["attention_mask"] = tokens.mask()
         else:
             with self.choosing():
-                keep, embeds = choose(self, tokens, embeds)
+                keep, made = self.lent(tokens), embeds
+                if keep is None:
+                    keep, made = choose(self, tokens, embeds)
+                prompt.remade, embeds = made is not embeds, made
             tokens, index = tokens.kept(keep)
             prompt.read, prompt.tokens, prompt.cached = tokens, [tokens] * self.count, [tokens] * self.count
             numbers = self._numbers(tokens.valid) if self.compact else take_positions(kwargs["position_ids"], index)
@@ -197,6 +218,26 @@ class Engine:
                 kwargs["visual_pos_masks"] = tokens.visual
         self.prepared, self.entered = kwargs["attention_mask"], kwargs["inputs_embeds"]
 
+    def lent(self, tokens: Tokens, layer: int | None = None) -> torch.Tensor | None:
+        """Bool `[batch, n]`: in a second branch, the `tokens` that the main prompt kept, at a layer or on entry; None
+        where the choice is its own."""
+        if self.lender is None:
+            return None
+        kept = self.lender.read if layer is None else self.lender.tokens[layer]
+        return same_visual(kept, self.lender.asked, tokens, self.current.asked) | (tokens.valid & ~tokens.visual)
+
+    def lent_heads(self, tokens: Tokens, layer: int, keep: torch.Tensor) -> torch.Tensor:
+        """What the cache of a layer is to hold, bool `[batch, kv_heads, n]`: `keep`, or in a second branch what that of
+        the main prompt holds."""
+        if self.lender is not None:
+            theirs, mine = self.lender.tokens[layer], self.current.asked
+            held = (self.lender.stored[layer] & theirs.visual[:, None]).unbind(1)
+            heads = [dataclasses.replace(theirs, visual=visual) for visual in held]
+            words = tokens.valid & ~tokens.visual
+            keep = torch.stack([same_visual(head, self.lender.asked, tokens, mine) | words for head in heads], 1)
+        self.current.stored[layer] = keep
+        return keep
+
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:
         """Count the time of what happens inside as spent on choosing tokens."""
@@ -207,7 +248,7 @@ class Engine:
     def _leave_text(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """On the text model: note what was read."""
         prompt = self.current
-        if prompt is None or not self.reading:
+        if prompt is None or not self.reading or self.branching:
             return
         rows, last, cache = len(prompt.visual), prompt.tokens[-1], kwargs.get("past_key_values")
         self.reads.append(

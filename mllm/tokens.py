@@ -135,6 +135,23 @@ def later_mask(mask: Any, tokens: Tokens, after: int, new: int) -> torch.Tensor 
     return None if tokens.whole else tokens.mask(after + new)
 
 
+def same_visual(theirs: Tokens, asked: torch.Tensor, mine: Tokens, own: torch.Tensor) -> torch.Tensor:
+    """Which visual tokens of one prompt another prompt with the same images kept, bool `[batch, n]` over `mine`.
+
+    Args:
+        theirs: what the other prompt kept.
+        asked: bool `[batch, length]`, the visual tokens of the other prompt at first; the first of them is the first of
+            `own`, and so on.
+        mine: tokens of this prompt that are still there.
+        own: bool `[batch, length of this prompt]`, its visual tokens at first.
+    """
+    kept, found = torch.zeros_like(asked), torch.zeros_like(own)
+    rows, places = theirs.visual.nonzero(as_tuple=True)
+    kept[rows, theirs.column[rows, places]] = True
+    found[own] = kept[asked]
+    return found.gather(1, mine.column) & mine.visual
+
+
 def runs(visual: torch.Tensor) -> list[tuple[int, int]]:
     """Start and end of every run of True in a bool `[n]`.
 

@@ -1,0 +1,215 @@
+"""Second branches: beside the main one, the same prompt is read in another way, and both logits make the next token.
+
+A logits processor stands before all others, so that samplers, beams and penalties work on what comes of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache, LogitsProcessor
+
+from vision_attn.hosts import AttachError
+from vision_attn.mllm.contrast import Contrast, Step
+from vision_attn.mllm.reading import Reading, Source
+
+
+class Branch:
+    """One more reading of a prompt, with a cache of its own.
+
+    Args:
+        engine: of the attached model.
+        reading: the prompt, read in another way.
+        lender: what the engine knows of the main prompt, whose visual tokens are kept here too; None to choose again.
+        pictured: bool `[rows]`, the main prompt has an image.
+    """
+
+    def __init__(self, engine: Any, reading: Reading, lender: Any, pictured: torch.Tensor) -> None:
+        self.engine, self.reading, self.lender, self.pictured = engine, reading, lender, pictured
+        self.given = reading.arguments()
+        self.cache = self.given["past_key_values"] = DynamicCache(config=engine.config)
+        self.ids: torch.Tensor | None = None  # what the main branch held when this one last read
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32 `[rows, vocabulary]` after the prompt and what the main branch generated since: `ids` `[rows, n]`."""
+        model = speaker(self.engine)
+        with aside(self.engine, self.reading, self.lender):
+            if self.ids is None:
+                new, given = self.reading.ids, self.given
+                inputs = model.prepare_inputs_for_generation(new, is_first_iteration=True, **given)
+            else:
+                self._follow(ids)
+                count = ids.shape[1] - self.ids.shape[1]
+                self.given = model._update_model_kwargs_for_generation({}, self.given, num_new_tokens=count)
+                inputs = model.prepare_inputs_for_generation(
+                    ids, next_sequence_length=count, is_first_iteration=count > 1, **self.given
+                )
+            out = model(**inputs, return_dict=True)
+        for name in ("mm_encoder_outputs", "inputs_embeds"):  # they are in the cache now
+            self.given.pop(name, None)
+        self.ids = ids.clone()
+        return out.logits[:, -1].float()
+
+    def _follow(self, ids: torch.Tensor) -> None:
+        """Put the rows of the cache in the order of `ids`: beams trade places, within a sample, unseen."""
+        before = self.ids
+        if ids.shape[1] <= before.shape[1]:
+            raise AttachError(
+                "a second branch was asked for tokens it has read; assisted decoding and prompt lookup cannot be used "
+                "with contrastive methods"
+            )
+        if torch.equal(ids[:, : before.shape[1]], before):
+            return
+        same = (ids[:, None, : before.shape[1]] == before[None]).all(-1)
+        sample = torch.arange(len(ids), device=ids.device) // self.reading.source.repeats
+        same &= sample[:, None] == sample
+        if not same.any(1).all():
+            raise AttachError(
+                "a second branch cannot follow: what is generated does not continue what was; assisted decoding and "
+                "prompt lookup cannot be used with contrastive methods"
+            )
+        self.cache.reorder_cache(same.int().argmax(1))
+
+
+class Branches:
+    """What stands between a model and the choice of its next token, for one method."""
+
+    def __init__(self, engine: Any, method: Contrast) -> None:
+        self.engine, self.method = engine, method
+        self.calls: dict[str, dict[str, Any]] = {}  # of this generation, until its processor is made
+        self.kept: WeakKeyDictionary[Any, Branch] = WeakKeyDictionary()  # for another turn, by the main cache
+        self.early: dict[int, torch.Tensor] = {}  # logits of early layers at the last token of the main branch
+
+    def install(self, undo: list[Callable[[], None]]) -> None:
+        engine = self.engine
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(engine.base, name):
+                undo.append(_replace(engine.base, name, functools.partial(self._encode, name)))
+        undo.append(_replace(speaker(engine), "_get_logits_processor", self._processors))
+        layers = engine.model.get_decoder().layers
+        for number in self.method.early(len(layers), engine.model):
+            engine.before(layers[number], functools.partial(self._see_layer, number))
+
+    def _encode(self, name: str, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+        """`get_image_features`, noting what it is called with."""
+        if not self.engine.branching:
+            bound = inspect.signature(plain).bind(*args, **kwargs).arguments
+            self.calls[name] = {**bound, **bound.pop("kwargs", {})}
+        return plain(*args, **kwargs)
+
+    def _processors(self, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(plain).bind(*args, **kwargs).arguments
+        config, given = bound["generation_config"], bound.get("model_kwargs") or {}
+        if config.prompt_lookup_num_tokens is not None:
+            raise AttachError(
+                f"{type(self.method).__name__} cannot be used with prompt lookup: the tokens that it guesses would be "
+                "read by one branch only; leave prompt_lookup_num_tokens out"
+            )
+        processors = plain(*args, **kwargs)
+        calls, self.calls = self.calls, {}
+        repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
+        source = Source(self.engine, calls, repeats)
+        processors.insert(0, _Processor(self, source, dict(given), beams=(config.num_beams or 1) > 1))
+        return processors
+
+    def _see_layer(self, number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.engine.branching:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.early[number] = hidden[:, -1:].detach()
+
+
+class _Processor(LogitsProcessor):
+    def __init__(self, branches: Branches, source: Source, given: dict[str, Any], beams: bool) -> None:
+        self.branches, self.source, self.given, self.beams = branches, source, given, beams
+        self.branch: Branch | None = None
+        self.pictured: torch.Tensor | None = None
+        self.start = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        method, z = self.branches.method, scores.float()
+        if self.pictured is None:
+            self._begin(input_ids)
+        active = torch.ones_like(self.pictured) if method.text else self.pictured
+        if not active.any():
+            return scores
+        other = None if self.branch is None else self.branch.logits(input_ids).to(z.device)
+        early = {number: speak(self.branches.engine, hidden) for number, hidden in self.branches.early.items()}
+        step = Step(input_ids.shape[1] - self.start + 1, other, early)
+        mixed = method.combine(z, step)
+        if self.beams:  # beams are compared by log-probability
+            mixed = mixed.log_softmax(-1)
+        return torch.where(active[:, None].to(z.device), mixed, z).to(scores.dtype)
+
+    def _begin(self, ids: torch.Tensor) -> None:
+        """Read the prompt in the other way, or go on from the turn before."""
+        branches, engine, cache = self.branches, self.branches.engine, self.given.get("past_key_values")
+        self.start = ids.shape[1]
+        self.branch = None if cache is None else branches.kept.get(cache)
+        if self.branch is not None:
+            self.pictured = self.branch.pictured
+            return
+        reading = Reading.of(self.source, ids, self.given)
+        self.pictured = reading.pictured
+        if not (self.pictured.any() or branches.method.text):
+            return
+        prompt = engine.current
+        lender = prompt if engine.share and prompt is not None and not prompt.remade else None
+        with aside(engine, reading, lender):
+            other = branches.method.other(reading)
+        if other is not None:
+            self.branch = Branch(engine, other, lender, self.pictured)
+            if cache is not None:
+                branches.kept[cache] = self.branch
+
+
+def speaker(engine: Any) -> Any:
+    """The model whose `generate` makes the tokens: InstructBLIP hands that to its text model."""
+    return engine.text if hasattr(engine.text, "_get_logits_processor") else engine.model
+
+
+def speak(engine: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits float32 `[rows, vocabulary]` if the model ended with these states `[rows, 1, width]`."""
+    logits = engine.model.get_output_embeddings()(engine.model.get_decoder().norm(hidden))[:, -1].float()
+    softcap = getattr(engine.config, "final_logit_softcapping", None)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+@contextlib.contextmanager
+def aside(engine: Any, reading: Reading, lender: Any) -> Iterator[None]:
+    """While a second branch runs: methods know it by `engine.branching`; afterwards all is as it was.
+
+    Qwen models keep an offset of positions between calls, so that is put back too.
+    """
+    names = ("current", "reading", "prepared", "entered", "ids", "_mask", "branching", "idle", "lender")
+    before = {name: getattr(engine, name) for name in names}
+    offset = getattr(engine.base, "rope_deltas", None)
+    engine.branching, engine.idle, engine.lender = True, not reading.prune, lender
+    engine.ids = reading.ids
+    try:
+        yield
+    finally:
+        vars(engine).update(before)
+        if hasattr(engine.base, "rope_deltas"):
+            engine.base.rope_deltas = offset
+
+
+def _replace(owner: Any, name: str, wrapper: Callable) -> Callable[[], None]:
+    """Put `wrapper(plain, ...)` in the place of a method of an instance; returns what undoes it."""
+    plain = getattr(owner, name)
+    had, own = name in vars(owner), vars(owner).get(name)
+    # `generate` reads the signature to know which inputs were used, and `wraps` keeps it.
+    vars(owner)[name] = functools.wraps(plain)(functools.partial(wrapper, plain))
+
+    def undo() -> None:
+        if had:
+            vars(owner)[name] = own
+        else:
+            vars(owner).pop(name, None)
+
+    return undo

@@ -1,0 +1,84 @@
+"""Methods that choose the next token from more than the logits of the model: the kind, and the formulas they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from vision_attn.mllm.method import Method
+
+if TYPE_CHECKING:
+    from vision_attn.mllm.reading import Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is known when a token is chosen.
+
+    Args:
+        number: of the token among those generated in this call, from 1.
+        other: logits of the second branch, float32 `[rows, vocabulary]`; None where there is none.
+        early: layer -> logits of what enters it, float32 `[rows, vocabulary]`, where the method asked for them.
+    """
+
+    number: int
+    other: torch.Tensor | None
+    early: dict[int, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast(Method):
+    """Chooses the next token from the logits and others beside them.
+
+    Rows of a batch that have no image are left as they are, unless `text`.
+    """
+
+    text: ClassVar[bool] = False
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether, with these options, it changes logits at all."""
+        return True
+
+    def other(self, reading: Reading) -> Reading | None:
+        """The prompt as the second branch reads it; None for a method without one."""
+        return None
+
+    def early(self, layers: int, model: Any) -> tuple[int, ...]:
+        """The layers, of so many, whose input it wants to see as logits."""
+        return ()
+
+    def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        """New logits from those of the main branch, float32 `[rows, vocabulary]`; -inf is never chosen."""
+        raise NotImplementedError
+
+
+def cut(final: torch.Tensor, z: torch.Tensor, beta: float) -> torch.Tensor:
+    """`final` where `z` is at least `beta` times as probable as its best token, -inf elsewhere.
+
+    >>> cut(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([3.0, 2.0, -1.0]), beta=0.1).tolist()
+    [5.0, 6.0, -inf]
+    """
+    least = z.amax(-1, keepdim=True) + (math.log(beta) if beta > 0 else -math.inf)
+    return final.masked_fill(z < least, -torch.inf)
+
+
+def contrast(z: torch.Tensor, other: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """`(1 + alpha) z - alpha other`, cut.
+
+    >>> contrast(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0]), alpha=1.0, beta=0.1).tolist()
+    [2.0, 2.0]
+    """
+    return cut((1 + alpha) * z - alpha * other, z, beta)
+
+
+def check_contrast(name: str, beta: float, **weights: float) -> None:
+    """Raise for a `beta` outside of 0 to 1, or a weight that is negative or no number."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise ValueError(f"{name}(beta={beta!r}): beta is a share of the best token's probability, 0 (no cut) to 1")
+    for field, value in weights.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}({field}={value!r}): {field} is a finite number of at least 0")
