@@ -20,6 +20,12 @@ from vision_attn.shapes.crowd import CELL, CELLS, KINDS, WORDS
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 DESCRIBE = "describe the image"
 PATCH = 4
+# What `prompt` writes, from messages as other models take them.
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 def ask(kind: int) -> str:
@@ -37,12 +43,13 @@ def prompt(question: str, image: bool = True) -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; a sequence starts with `<s>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    """One token per word or mark, in lower case; a sequence starts with `<s>`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = [*SPECIAL, *WORDS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -60,7 +67,7 @@ def processor(cell: int = CELL) -> LlavaProcessor:
     words = tokenizer()
     return LlavaProcessor(
         pictures, words, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=1, chat_template=CHAT,
     )  # fmt: skip
 
 
