@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from vision_attn.apps.bench_diffusion import diffusion
+from vision_attn.apps.bench_mllm import mllm
 from vision_attn.apps.bench_vision import vision
 from vision_attn.apps.files import atomic, check_new, writable_folder
 from vision_attn.apps.pattern_options import nearest
@@ -22,12 +23,14 @@ def bench() -> None:
       vision-attn bench kernels
       vision-attn bench vision --sides 14,56
       vision-attn bench diffusion --parts growth
+      vision-attn bench mllm --keep 0.5,0.2
       vision-attn bench kernels --help
     """
 
 
 bench.add_command(vision)
 bench.add_command(diffusion)
+bench.add_command(mllm)
 
 
 @bench.command()
