@@ -1,0 +1,164 @@
+"""What a token has gathered from every other through all layers, without a map of all pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vision_attn.mllm.interface import Compute, listen, switch
+
+ROWS = 256  # rows of attention that exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Queries and keys of one layer over a whole prompt.
+
+    Args:
+        q: `[batch, heads, n, head_dim]`, positions applied; `k`: `[batch, kv_heads, n, head_dim]`.
+        mask: as the attention got it; None is causal.
+        valid: bool `[batch, n]`, what is no padding.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    valid: torch.Tensor
+
+    def seen(self, rows: slice) -> torch.Tensor:
+        """Bool `[batch, 1, rows, n]`: which real tokens some real rows see."""
+        place = torch.arange(self.k.shape[2], device=self.k.device)
+        if self.mask is None:
+            seen = place <= place[rows, None]
+        else:
+            seen = self.mask[:, :, rows]
+            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        return seen & self.valid[:, None, None, :] & self.valid[:, None, rows, None]
+
+    def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Attention, float32 `[batch, heads, rows, n]`, some rows at a time; rows of padding are 0."""
+        k = self.k.float()
+        for start in range(0, self.q.shape[2], ROWS):
+            rows = slice(start, start + ROWS)
+            q = self.q[:, :, rows].float().unflatten(1, (k.shape[1], -1))
+            scores = torch.einsum("bkgrd,bknd->bkgrn", q, k).flatten(1, 2) * self.scale
+            yield rows, scores.masked_fill(~self.seen(rows), -torch.inf).softmax(-1).nan_to_num()
+
+
+def readings(model: Any, inputs: dict[str, Any]) -> list[Reading]:
+    """Read prompts once, and give queries and keys of every layer of the text model.
+
+    Args:
+        inputs: as for a call of the model: a prompt, or a prompt and its answer.
+
+    Raises:
+        ValueError: tokens are dropped inside the text model, so that its layers do not read the same ones.
+    """
+    found: list[Reading] = []
+    given = inputs.get("attention_mask")
+    valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if given is None else given.bool()
+
+    def keep(module: Any, q, k, v, mask, scale: float, compute: Compute) -> torch.Tensor:
+        if k.shape[2] != valid.shape[1]:
+            raise ValueError(
+                f"a layer reads {k.shape[2]} of {valid.shape[1]} tokens; detach what drops tokens before its flow is "
+                "followed"
+            )
+        found.append(Reading(q.detach(), k.detach(), mask, scale, valid))
+        return compute(q, k, v, mask)
+
+    undo = [switch(model.config.get_text_config())]
+    undo += [listen(layer.self_attn, keep) for layer in model.get_decoder().layers]
+    try:
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    finally:
+        for each in reversed(undo):
+            each()
+    return found
+
+
+def rollout(model: Any, inputs: dict[str, Any], token: int = -1) -> torch.Tensor:
+    """How much of every token reaches one of the last layer, float32 `[batch, length]`; rows sum to 1.
+
+    The product of `0.5 I + 0.5 mean over heads` over the layers. In a causal model it piles up on the first columns;
+    `attention_flow` evens that out.
+
+    Args:
+        model: a vision-language model; what is attached may steer it, but not drop tokens.
+        inputs: as for a call of the model: a prompt, or a prompt and its answer.
+        token: column of the token that looks, in the padded prompt; negative from the end.
+
+    Raises:
+        ValueError: tokens are dropped.
+
+    >>> from vision_attn.mllm import tiny
+    >>> ids = torch.tensor([[1, 7, 8, 9]])
+    >>> rollout(tiny.model(), {"input_ids": ids}).sum().item()
+    1.0
+
+    Paper: Quantifying Attention Flow in Transformers.
+    """
+    layers = readings(model, inputs)
+    carried = _one(layers[-1], token)
+    for layer in reversed(layers):
+        carried = 0.5 * carried + 0.5 * _gathered(layer, carried)[0].mean(1)
+    return carried
+
+
+def attention_flow(
+    model: Any, inputs: dict[str, Any], token: int = -1, head_weights: bool = True, regularise: bool = True
+) -> torch.Tensor:
+    """VL-SAM's map: what reaches a token through all layers, float32 `[batch, length]`.
+
+    Heads count by how sharply they look, and after each layer a column counts less the more rows can see it. With
+    `S = mean over heads of W w`, `W` the mean over rows of the greatest weight, it is the row of `token` in
+    `R[l] = (I + S[l]) (I + R[l - 1])`, `R[-1] = 0`, whose column `j` is multiplied after each layer by
+    `1 - (seen_by(j) - 1) / n`; `n` is the number of tokens, where the paper leaves open what divides.
+
+    Args:
+        inputs: a prompt and its answer, up to the name of an object.
+        token: column of the token that looks, in the padded prompt; negative from the end.
+        head_weights: False counts all heads the same.
+        regularise: False leaves the columns as they are.
+
+    Raises:
+        ValueError: tokens are dropped.
+
+    >>> from vision_attn.mllm import tiny
+    >>> attention_flow(tiny.model(), {"input_ids": torch.tensor([[1, 7, 8, 9]])}).shape
+    torch.Size([1, 4])
+
+    Paper: Training-Free Open-Ended Object Detection and Segmentation via Attention as Prompts.
+    """
+    layers = readings(model, inputs)
+    carried = _one(layers[-1], token)
+    found, factor = torch.zeros_like(carried), torch.ones_like(carried)
+    # A row x of R[l] is y D + (row y of R[l - 1]) D with y = x (I + S[l]): only rows are carried back.
+    for layer in reversed(layers):
+        heads, sharp = _gathered(layer, carried)
+        carried = carried + (heads * sharp[..., None] if head_weights else heads).mean(1)
+        if regularise:
+            seen_by = sum(layer.seen(slice(i, i + ROWS)).sum(2)[:, 0] for i in range(0, layer.q.shape[2], ROWS))
+            factor = factor * (1 - (seen_by - 1) / layer.valid.sum(1, keepdim=True))
+        found = found + carried * factor
+    return found * layers[0].valid
+
+
+def _one(layer: Reading, token: int) -> torch.Tensor:
+    row = torch.zeros(layer.valid.shape, device=layer.q.device)
+    row[:, token] = 1
+    return row
+
+
+def _gathered(layer: Reading, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[batch, n]` times the attention of each head, `[batch, heads, n]`; and how sharp each head is."""
+    heads, sharp = 0, 0
+    for rows, w in layer.parts():
+        heads = heads + torch.einsum("br,bhrn->bhn", carried[:, rows], w)
+        sharp = sharp + w.amax(-1).sum(-1)
+    return heads, sharp / layer.valid.sum(1, keepdim=True)

@@ -1,0 +1,216 @@
+"""Maps of attention of vision-language models, against the full maps of eager attention; places of visual tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from vlm_models import IMAGE, PATCH, SIDE, VIDEO, VLM, VLMS, single  # noqa: E402
+
+from vision_attn import mllm  # noqa: E402
+from vision_attn.mllm import flow  # noqa: E402
+from vision_attn.mllm.flow import attention_flow, rollout  # noqa: E402
+from vision_attn.mllm.grids import grids, overview  # noqa: E402
+
+ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
+EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+def eager_maps(vlm: VLM, inputs: dict) -> torch.Tensor:
+    """Full maps float64 `[layers, batch, heads, n, n]`, without what rows of padding attend to."""
+    model = vlm.build()
+    model.set_attn_implementation("eager")
+    out = model(**inputs, use_cache=False, output_attentions=True)
+    maps = getattr(out, "attentions", None) or out.language_model_outputs.attentions
+    real = inputs["attention_mask"].double()
+    return torch.stack(maps).double() * real[:, None, :, None] * real[:, None, None, :]
+
+
+@EVERY
+def test_rollout_is_the_product_of_full_maps(vlm: VLM, monkeypatch):
+    monkeypatch.setattr(flow, "ROWS", 7)
+    inputs, token = vlm.inputs(ROWS), -2
+    product = torch.eye(inputs["input_ids"].shape[1]).double()
+    for w in eager_maps(vlm, inputs):
+        mixed = 0.5 * torch.eye(w.shape[-1]) + 0.5 * w.mean(1)
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    torch.testing.assert_close(rollout(vlm.build(), inputs, token).double(), product[:, token], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "vlm, options",
+    [(vlm, {}) for vlm in VLMS.values()]
+    + [(VLMS["Llava"], {"regularise": False}), (VLMS["Gemma3"], {"head_weights": False})],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_flow_is_the_recursion_of_full_maps(vlm: VLM, options: dict, monkeypatch):
+    monkeypatch.setattr(flow, "ROWS", 7)
+    inputs = vlm.inputs(ROWS)
+    tokens = inputs["attention_mask"].sum(1).double()
+    identity = torch.eye(inputs["input_ids"].shape[1]).double()
+    through = torch.zeros_like(identity)
+    for w in eager_maps(vlm, inputs):
+        weight = w.amax(-1).sum(-1) / tokens[:, None] if options.get("head_weights", True) else torch.ones(w.shape[:2])
+        through = (identity + (weight[..., None, None] * w).mean(1)) @ (identity + through)
+        if options.get("regularise", True):
+            through = through * (1 - ((w.amax(1) > 0).sum(1) - 1) / tokens[:, None])[:, None]
+    wanted = through[:, -1] * inputs["attention_mask"]
+    torch.testing.assert_close(attention_flow(vlm.build(), inputs, **options).double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_no_map_of_all_pairs_is_made(monkeypatch):
+    monkeypatch.setattr(flow, "ROWS", 7)
+    vlm = VLMS["Llava"]
+    sizes = [w.shape[2] for layer in flow.readings(vlm.build(), vlm.inputs(ROWS)) for _, w in layer.parts()]
+    assert max(sizes) == 7 and len(sizes) > 4
+
+
+def test_flow_is_not_followed_through_tokens_that_were_dropped():
+    vlm = VLMS["Llava"]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    wanted = rollout(model, inputs)
+    with mllm.attach(model, mllm.UniformPrune(keep=0.5)), pytest.raises(ValueError, match="detach what drops tokens"):
+        rollout(model, inputs)
+    assert torch.equal(rollout(model, inputs), wanted)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert not [name for m in model.modules() for name in vars(m) if "listeners" in name]
+
+
+def blocks(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Which values each of `side * side` equal squares of a map holds, sorted: `[side, side, n]`."""
+    size = len(values) // side
+    return values.unfold(0, size, size).unfold(1, size, size).flatten(2).sort(-1).values
+
+
+NUMBERS = torch.arange((SIDE // PATCH) ** 2).view(SIDE // PATCH, -1)
+
+
+@pytest.mark.parametrize("name", ["Llava", "PaliGemma", "InternVL", "Idefics3", "SmolVLM", "Gemma3"])
+def test_tokens_hold_the_patches_of_their_square(name: str):
+    """What the model itself makes of patches that hold their number, read at the places of the grid."""
+    vlm = VLMS[name]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    found = grids(model, inputs)
+    assert [(grid.row, grid.picture, grid.frame) for grid in found] == [(0, 0, 0), (1, 0, 0), (1, 1, 0)]
+    base, numbers = model.base_model, NUMBERS.double().flatten()[None, :, None]
+    if name == "InternVL":
+        tokens = base.pixel_shuffle(numbers.view(1, 6, 6, 1), scale_factor=0.5).flatten(1, 2)[0]
+    elif name in ("Idefics3", "SmolVLM"):
+        tokens = base.connector.pixel_shuffle(numbers, base.config.scale_factor)[0]
+    elif name == "Gemma3":
+        tokens = torch.nn.functional.avg_pool2d(numbers.view(1, 1, 6, 6), 2).flatten()[:, None]
+    else:
+        tokens = numbers[0]
+    for grid in found:
+        columns = (inputs["input_ids"][grid.row] == IMAGE).nonzero()[:, 0]
+        held = torch.full((inputs["input_ids"].shape[1], tokens.shape[1]), -1.0).double()
+        held[columns[grid.picture * vlm.tokens :][: vlm.tokens]] = tokens
+        wanted = blocks(NUMBERS, len(grid.columns)).double()
+        wanted = wanted.mean(-1, keepdim=True) if name == "Gemma3" else wanted
+        assert torch.equal(grid.of(held.T).permute(1, 2, 0).sort(-1).values, wanted)
+
+
+@pytest.mark.parametrize("name", ["LlavaNext", "LlavaOnevision"])
+@pytest.mark.parametrize("size, tiles, cut", [([24, 48], (1, 2), (6, 12)), ([40, 48], (2, 2), (10, 12))])
+def test_tiles_make_one_grid(name: str, size: list[int], tiles: tuple[int, int], cut: tuple[int, int]):
+    vlm = VLMS[name]
+    model = vlm.build()
+    height, width = tiles[0] * 6, tiles[1] * 6
+    number = torch.arange(height * width).view(height, width).double()
+    local = number.view(tiles[0], 6, tiles[1], 6).transpose(1, 2).flatten(2).flatten(0, 1)
+    features = torch.cat([NUMBERS.flatten()[None] + 1000.0, local])[..., None]
+    option = (
+        ("vision_feature_select_strategy", "default")
+        if name == "LlavaNext"
+        else ("vision_aspect_ratio", "anyres_max_9")
+    )
+    (packed,), _ = model.model.pack_image_features(
+        [features], [torch.tensor(size)], image_newline=torch.tensor([-1.0]), **dict([option])
+    )
+    held = torch.cat([torch.zeros(5), packed[:, 0], torch.zeros(4)])
+    ids = torch.tensor([[3] * 5 + [IMAGE] * len(packed) + [3] * 4])
+    whole, tiled = grids(model, {"input_ids": ids, "image_sizes": torch.tensor([size])})
+    assert overview(model, [whole, tiled]) is whole
+    assert torch.equal(whole.of(held), NUMBERS + 1000.0)
+    top = (height - cut[0]) // 2
+    assert torch.equal(tiled.of(held), number[top : top + cut[0]].float())
+
+
+def test_a_picture_that_is_not_cut():
+    model = VLMS["LlavaOnevision"].build()
+    ids = torch.tensor([[3, *[IMAGE] * 37, 4, *[IMAGE] * 37]])
+    sizes = torch.tensor([[24, 48]] * 2)
+    first, second = grids(model, {"input_ids": ids, "image_sizes": sizes, "batch_num_images": torch.tensor([2])})
+    assert first.columns[0, 0] == 1 and second.columns[0, 0] == 39 and second.columns[-1, -1] == 74
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_merged_patches_by_the_processor(name: str):
+    """Of a picture whose pixels say where they are, by the processor that cuts it."""
+    from transformers import Qwen2VLImageProcessor
+
+    rows, columns = 4, 6
+    pixels = np.zeros((rows * 2 * PATCH, columns * 2 * PATCH, 3), dtype=np.uint8)
+    for i in range(rows * columns):
+        r, c = divmod(i, columns)
+        pixels[r * 8 : r * 8 + 8, c * 8 : c * 8 + 8] = i * 4
+    processor = Qwen2VLImageProcessor(
+        patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, do_normalize=False, do_convert_rgb=False
+    )
+    made = processor([pixels], return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, 8, 12]]
+    held = (made["pixel_values"] * 255 / 4).view(rows * columns, -1).mean(1).round()
+    ids = torch.tensor([[3, 3, *[IMAGE] * len(held), 3]])
+    (grid,) = grids(VLMS[name].build(), {"input_ids": ids, "image_grid_thw": made["image_grid_thw"]})
+    values = torch.nn.functional.pad(held, (2, 1))
+    assert torch.equal(grid.of(values), torch.arange(24.0).view(rows, columns))
+
+
+def test_frames_of_a_video_beside_a_picture():
+    ids = torch.tensor([[0, *[VIDEO] * 12, 4, *[IMAGE] * 9, 5], [0] * 12 + [3, 3, *[IMAGE] * 9, 5]])
+    inputs = {
+        "input_ids": ids,
+        "video_grid_thw": torch.tensor([[2, 4, 6]]),
+        "image_grid_thw": torch.tensor([[1, 6, 6]] * 2),
+    }
+    found = grids(VLMS["Qwen2VL"].build(), inputs)
+    assert [(g.row, g.frame, tuple(g.columns.shape)) for g in found] == [
+        (0, 0, (2, 3)), (0, 1, (2, 3)), (0, 0, (3, 3)), (1, 0, (3, 3)),
+    ]  # fmt: skip
+    assert [int(g.columns[0, 0]) for g in found] == [1, 7, 14, 14]
+
+
+def test_pooled_frames_end_with_one_newline():
+    ids = torch.tensor([[0, *[VIDEO] * 19, 4, *[VIDEO] * 19]])
+    found = grids(
+        VLMS["LlavaOnevision"].build(), {"input_ids": ids, "pixel_values_videos": torch.zeros(2, 2, 3, 24, 24)}
+    )
+    assert [(g.picture, g.frame, int(g.columns[0, 0])) for g in found] == [
+        (0, 0, 1),
+        (0, 1, 10),
+        (1, 0, 21),
+        (1, 1, 30),
+    ]
+
+
+def test_places_that_do_not_fit():
+    vlm = VLMS["InstructBlip"]
+    with pytest.raises(ValueError, match="show no places"):
+        grids(vlm.build(), vlm.inputs(ROWS))
+    for name, more in (("Llava", 1), ("Qwen2VL", -1), ("LlavaNext", -2)):
+        inputs = single(VLMS[name], ROWS, 0)
+        where = (inputs["input_ids"][0] == IMAGE).nonzero()[-1]
+        inputs["input_ids"] = inputs["input_ids"].clone()
+        inputs["input_ids"][0, where + 1 if more > 0 else where] = IMAGE if more > 0 else 5
+        with pytest.raises(ValueError, match="its pictures do not explain"):
+            grids(VLMS[name].build(), inputs)
+    with pytest.raises(ValueError, match="views of one row"):
+        overview(VLMS["Llava"].build(), [])
