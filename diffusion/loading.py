@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from vision_attn.devices import resolve_device, resolve_dtype
 from vision_attn.diffusion.convolution import quick_conv3d
 from vision_attn.diffusion.sizes import FAMILIES, Family
 
 BUILT_IN = Path(__file__).parent / "weights" / "shapes-video"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ACCEPTED = "Give a folder written by pipe.save_pretrained(...), or a Hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
@@ -185,31 +185,6 @@ def load(
     if place.type == "cpu" and getattr(pipe, "vae", None) is not None:
         quick_conv3d(pipe.vae)
     return LoadedPipeline(pipe.to(place), info, place, number)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that is there; raises ValueError otherwise."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device: got {device!r}, allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but torch {torch.__version__} sees no CUDA GPU; use cpu or auto")
-        count = torch.cuda.device_count()
-        if ":" in device and int(device.split(":")[1]) >= count:
-            raise ValueError(f"device: got {device!r}, but there are {count} GPUs, numbered from 0")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, *, built_in: bool) -> torch.dtype:
-    """The dtype to load with; None picks float32 on CPU and for the built-in model, bfloat16 elsewhere."""
-    if dtype is None:
-        return torch.float32 if built_in or device.type == "cpu" else torch.bfloat16
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
-    return found
 
 
 def _locate(model: str | Path | None) -> tuple[Path | None, str]:
