@@ -21,8 +21,9 @@ _PUBLIC = {
     "FastV": "methods.fastv",
     "KVPrune": "methods.kvprune",
     "RandomPrune": "methods.baselines",
+    "StreamingHeads": "methods.streamingheads",
+    "TaskKV": "methods.taskkv",
     "UniformPrune": "methods.baselines",
-    "VTCCLS": "methods.vtccls",
     "VTCCLS": "methods.vtccls",
 }
 

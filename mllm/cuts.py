@@ -10,8 +10,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vision_attn.hosts import AttachError
+from vision_attn.mllm.caches import RaggedLayer
 from vision_attn.mllm.engine import Engine
 from vision_attn.mllm.image import Layer
+from vision_attn.mllm.interface import Compute, listen, listeners, switch
 from vision_attn.mllm.tokens import Tokens, keys_of, take, take_mask, take_positions
 
 
@@ -34,6 +36,7 @@ class Cuts:
         self.notes: dict[str, Any] = {}
         self.views: list[Layer] = []
         self.masks: dict[Any, Any] = {}
+        self.ragged: RaggedLayer | None = None  # what the attention that comes next reads part by part
 
     def _checked(self, count: int) -> tuple[int, ...]:
         method, model = self.engine.layer, self.engine.model
@@ -56,18 +59,24 @@ class Cuts:
         for number, module in enumerate(self.layers):
             if number >= self.first:
                 self.engine.before(module, functools.partial(self._enter, number))
+        if self.engine.cache is not None:
+            undo = self.engine._undo
+            undo.append(switch(self.engine.config))
+            undo += [listen(layer.self_attn, functools.partial(self._around, n)) for n, layer in enumerate(self.layers)]
         self.engine.after(self.engine.text, self._leave)
 
     def _enter(self, number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         engine, prompt = self.engine, self.engine.current
+        self.ragged = None
         if prompt is None:
             return None
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if not engine.reading:
-            cached = prompt.cached[number]
-            if cached is not prompt.cached[0]:
-                cache = kwargs.get("past_key_values")
+            cached, cache = prompt.cached[number], kwargs.get("past_key_values")
+            if isinstance(cache.layers[number], RaggedLayer):
+                kwargs["attention_mask"] = self._read_ragged(cache.layers[number], module.self_attn, hidden)
+            elif cached is not prompt.cached[0]:
                 more = cache.get_seq_length(number) - cached.valid.shape[1] + hidden.shape[1]
                 kwargs["attention_mask"] = self._mask(number, hidden, cached, more, kwargs)
             return (hidden, *args[1:]), kwargs
@@ -82,7 +91,9 @@ class Cuts:
                 engine.layer.observe(view, self.notes)
         if number in self.cuts:
             with engine.choosing():
-                keep = engine.layer.select(view, self.notes) | ~now.visual
+                keep = engine.lent(now, number)
+                if keep is None:
+                    keep = engine.layer.select(view, self.notes) | ~now.visual
             tokens, index = now.kept(keep)
             if len(tokens) < len(now):
                 hidden = take(hidden, index, 1)
@@ -94,6 +105,22 @@ class Cuts:
         if engine.cache is not None:
             self.views.append(view)
         return (hidden, *args[1:]), kwargs
+
+    def _read_ragged(self, layer: RaggedLayer, attn: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Have a layer read part by part; or as one, with this mask, where others want to see the keys of all heads."""
+        eager = self.engine.config._attn_implementation.endswith("eager")
+        alone = not eager and len(listeners(attn)) == 1
+        layer.reader, self.ragged = ("parts", layer) if alone else ("whole", None)
+        return None if alone else layer.whole_mask(hidden, attn.num_key_value_groups, eager)
+
+    def _around(self, number: int, module: Any, q, k, v, mask, scale: float, compute: Compute) -> torch.Tensor:
+        """Around the attention of a layer, inside of other listeners."""
+        ragged, self.ragged = self.ragged, None
+        if ragged is not None:
+            return ragged.attend(q, compute)
+        if self.engine.current is None or not self.engine.reading or self._window(number) is not None:
+            return compute(q, k, v, mask)
+        return self.engine.cache.attend(self.views[number], q, k, v, mask, compute)
 
     def _narrow(self, number: int, hidden: torch.Tensor, tokens: Tokens, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer for the tokens that are still there."""
@@ -153,16 +180,7 @@ class Cuts:
                     f"{type(method).__name__} cannot shorten a {type(layer).__name__}; use the default dynamic cache"
                 )
             view.cached = layer.keys, layer.values
-            heads = layer.keys.shape[1]
-            visual = view.tokens.visual[:, None].expand(-1, heads, -1)
             with self.engine.choosing():
-                keep = (method.select(view) | ~visual) & view.tokens.valid[:, None]
-            size = int(keep.sum(-1).max())
-            index = keep.int().argsort(dim=-1, stable=True)[..., -size:]
-            valid = keep.gather(-1, index)
-            if not (valid == valid[:, :1]).all():
-                raise ValueError(f"{type(method).__name__}.select kept another number of tokens for each head")
-            column = view.tokens.column[:, None].expand(-1, heads, -1).gather(-1, index)
-            at = index[..., None].expand(*index.shape, layer.keys.shape[-1])
-            layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
-            prompt.cached[view.number] = Tokens(column, valid[:, 0], visual.gather(-1, index) & valid)
+                keep = (method.select(view) | ~view.tokens.visual[:, None]) & view.tokens.valid[:, None]
+                keep = self.engine.lent_heads(view.tokens, view.number, keep)
+            cache.layers[view.number], prompt.cached[view.number] = method.store(view, keep)

@@ -66,6 +66,7 @@ class Layer:
         self.number, self.module, self.hidden, self.tokens = number, module, hidden, tokens
         self.rotary, self.embeddings = rotary, embeddings
         self.cached: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.notes: dict[str, Any] = {}  # what a method that shortens the cache leaves for itself
 
     @property
     def attn(self) -> Any:

@@ -51,8 +51,8 @@ def name_for(base: str) -> str:
                 else ALL_ATTENTION_FUNCTIONS[base]
             )
             given = kwargs if scaling is None else {**kwargs, "scaling": scaling}
-            listeners = vars(module).get(LISTENERS)
-            if not listeners:
+            around = listeners(module)
+            if not around:
                 return plain(module, query, key, value, attention_mask, **given)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             weights = None
@@ -62,7 +62,7 @@ def name_for(base: str) -> str:
                 out, weights = plain(module, q, k, v, mask, **given)
                 return out
 
-            for listener in listeners:
+            for listener in around:
                 compute = functools.partial(_around, listener, module, scale, compute)
             return compute(query, key, value, attention_mask), weights
 
@@ -76,12 +76,17 @@ def _around(listener: Listener, module: Any, scale: float, compute: Compute, q, 
     return listener(module, q, k, v, mask, scale, compute)
 
 
+def listeners(module: Any) -> tuple[Listener, ...]:
+    """What stands around the attention of a module, inside first."""
+    return vars(module).get(LISTENERS, ())
+
+
 def listen(module: Any, listener: Listener) -> Callable[[], None]:
     """Put a listener around the attention of a module, outside of those that are there; returns what takes it out."""
-    vars(module)[LISTENERS] = (*vars(module).get(LISTENERS, ()), listener)
+    vars(module)[LISTENERS] = (*listeners(module), listener)
 
     def undo() -> None:
-        rest = tuple(other for other in vars(module)[LISTENERS] if other is not listener)
+        rest = tuple(other for other in listeners(module) if other is not listener)
         if rest:
             vars(module)[LISTENERS] = rest
         else:

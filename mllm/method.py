@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 if TYPE_CHECKING:
     from vision_attn.mllm.image import Image, Layer
+    from vision_attn.mllm.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,21 @@ class CachePrune(Method):
 
     rows: ClassVar[int] = 32  # last prompt rows whose attention it needs
 
+    def attend(self, layer: Layer, q: Any, k: Any, v: Any, mask: Any, compute: Callable[..., Any]) -> torch.Tensor:
+        """Around the attention of a layer that reads the prompt, `[batch, heads, n, head_dim]` to `[batch, n, heads,
+        head_dim]`; may leave in `layer.notes` what `select` needs."""
+        return compute(q, k, v, mask)
+
     def select(self, layer: Layer) -> torch.Tensor:
-        """Long `[batch, kv_heads, m]`, sorted: which of the cached tokens of a layer stay; one count for all."""
+        """Bool `[batch, kv_heads, n]`: the visual tokens in the cache of a layer to keep. Others always stay."""
         raise NotImplementedError
+
+    def store(self, layer: Layer, keep: torch.Tensor) -> tuple[Any, Tokens]:
+        """The layer of the cache that holds the tokens `keep` (bool `[batch, kv_heads, n]`) of `layer.cached`, and what
+        its tokens are."""
+        from vision_attn.mllm.caches import shortened
+
+        return shortened(*layer.cached, keep, layer.tokens)
 
 
 def check_keep(name: str, keep: Any) -> None:

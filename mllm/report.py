@@ -61,8 +61,9 @@ def kv_bytes(config: Any, tokens: int, dtype: torch.dtype = torch.float16) -> in
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache holds, as they are; counters left out."""
+    ours = (layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
     held = (value for layer in cache.layers for value in vars(layer).values() if torch.is_tensor(value))
-    return sum(tensor.nbytes for tensor in held if tensor.ndim > 1)
+    return sum(ours) + sum(tensor.nbytes for tensor in held if tensor.ndim > 1)
 
 
 @dataclasses.dataclass(frozen=True)

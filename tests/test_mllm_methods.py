@@ -23,6 +23,11 @@ CLOSE = dict(atol=1e-4, rtol=1e-4)
 PRUNABLE = tuple(vlm.name for vlm in PRUNED)
 CLASS_TOKEN = tuple(vlm.name for vlm in PRUNED if vlm.tower == "cls")
 EVERYWHERE = tuple(VLMS)
+SEVERAL_HEADS = tuple(name for name in PRUNABLE if name != "PaliGemma")
+GATES = {
+    name: [[(3 * layer + 5 * head) % 7 for head in range(3 if name in SEVERAL_HEADS else 1)] for layer in range(4)]
+    for name in VLMS
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,10 @@ METHODS: dict[str, Entry] = {
     "vtccls": Entry(lambda vlm: mllm.VTCCLS(keep=0.5, start_layer=0)),
     "fastv": Entry(lambda vlm: mllm.FastV(keep=0.5, layer=2)),
     "kvprune": Entry(lambda vlm: mllm.KVPrune(keep=0.5, rows=4, pool=3), first=False),
+    "streaming-heads": Entry(
+        lambda vlm: mllm.StreamingHeads(table=GATES[vlm.name], sink=2, recent=6, compensate=True), first=False
+    ),
+    "task-kv": Entry(lambda vlm: mllm.TaskKV(sink=2, recent=6, middle=2), SEVERAL_HEADS, first=False),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
 EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])

@@ -1,0 +1,200 @@
+"""Layers of a cache for what the dynamic one has no room for: heads of different length, and tokens in few bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from vision_attn.hosts import AttachError
+from vision_attn.mllm.tokens import Tokens
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+class HeldLayer(DynamicLayer):
+    """A layer whose tensors are in `held`, batch first, besides `keys` and `values`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, torch.Tensor] = {}
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `held`."""
+        return sum(t.nbytes for t in self.held.values())
+
+    def _batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.held = {name: change(t) for name, t in self.held.items()}
+        if self.keys is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._batch(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._batch(lambda t: t[indices])
+
+
+class RaggedLayer(HeldLayer):
+    """KV heads with different numbers of tokens; heads of one length are stored together.
+
+    In every row the heads are sorted by length, so that which of them are long may differ from row to row. `held` has
+    this `order` `[batch, kv_heads]`, and for every part, neighbours in that order, `keys` and `values`
+    `[batch, heads, n, head_dim]`, right-aligned, and `bias` `[batch, heads, tokens of the prompt]`, what is added to
+    the scores of a token: 0; `-inf` where there is none; log N for one that stands for N.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = False
+        self.plain: list[bool] = []  # of each part: all of it is there and counts once
+        self.after = 0  # tokens that followed the prompt
+        self.reader: str | None = None  # who reads in the call that runs: "parts" or "whole"
+
+    @classmethod
+    def of(
+        cls, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, tokens: Tokens, means: bool = False
+    ) -> tuple[RaggedLayer, Tokens]:
+        """The layer, and its tokens as `whole` has them.
+
+        Args:
+            keys, values: `[batch, kv_heads, n, head_dim]`.
+            keep: bool `[batch, kv_heads, n]`.
+            tokens: what the n are.
+            means: what a head loses stays as one token: its mean, which counts as often as tokens were lost.
+        """
+        self, heads = cls(), keys.shape[1]
+        column, visual = (t[:, None].expand(-1, heads, -1) for t in (tokens.column, tokens.visual))
+        bias = torch.zeros(keep.shape, device=keys.device)
+        self.means = means
+        if means:
+            lost = tokens.valid[:, None] & ~keep
+            count = lost.sum(-1, keepdim=True)
+            share = (lost / count.clamp(min=1))[..., None, :]
+            keys, values = (torch.cat([(share @ t.float()).to(t.dtype), t], 2) for t in (keys, values))
+            bias = torch.cat([count.clamp(min=1).log(), bias], -1)
+            keep = torch.cat([count > 0, keep], -1)
+            column, visual = (torch.nn.functional.pad(t, (1, 0)) for t in (column, visual))
+        bias = bias.masked_fill(~keep, -torch.inf)
+        counts = keep.sum(-1)
+        order = counts.argsort(dim=1, descending=True, stable=True)
+        sizes = counts.gather(1, order).amax(0).tolist()
+        place = keep.int().argsort(dim=-1, stable=True)  # what is kept comes last, in order
+        self.held["order"], first = order, 0
+        for size, group in itertools.groupby(sizes):
+            those, part = order[:, first : first + len(list(group))], len(self.plain)
+            first += those.shape[1]
+            index = _rows(place, those)[..., place.shape[-1] - size :]
+            for name, t in (("keys", keys), ("values", values), ("bias", bias)):
+                t = _rows(t, those)
+                at = index if t.ndim == 3 else index[..., None].expand(*index.shape, t.shape[-1])
+                self.held[f"{name}{part}"] = t.gather(2, at)
+            self.plain.append(not self.held[f"bias{part}"].any())
+        index = place[..., place.shape[-1] - sizes[0] :]
+        there = keep.gather(-1, index)
+        return self, Tokens(column.gather(-1, index) * there, there.any(1), visual.gather(-1, index) & there)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append; returns all keys and values where others read them too, and for `attend` nothing of use."""
+        reader, self.reader = self.reader, None
+        if reader is None:
+            raise AttachError(
+                "this cache has heads of different length, which can be read only while the method that made it is "
+                "attached, and not from a copy; start a new cache"
+            )
+        for part, those in enumerate(self._orders()):
+            for name, new in (("keys", key_states), ("values", value_states)):
+                self.held[f"{name}{part}"] = torch.cat([self.held[f"{name}{part}"], _rows(new, those)], 2)
+        self.after += key_states.shape[2]
+        return (key_states, value_states) if reader == "parts" else (self._whole("keys"), self._whole("values"))
+
+    def attend(self, q: torch.Tensor, compute: Attention) -> torch.Tensor:
+        """Attention of the newest tokens, part by part: `[batch, heads, n, head_dim]` to `[batch, n, heads, head_dim]`.
+
+        Args:
+            compute: attention on given keys and values, that takes bool masks.
+        """
+        kv_heads, outs = self.held["order"].shape[1], []
+        group = q.shape[1] // kv_heads
+        for part, those in enumerate(self._orders()):
+            own = _rows(q.unflatten(1, (kv_heads, group)), those).flatten(1, 2)
+            mask = None
+            if not self.plain[part] or q.shape[2] > 1:
+                mask = self._mask(self.held[f"bias{part}"], q, self.means).repeat_interleave(group, 1)
+            out = compute(own, self.held[f"keys{part}"], self.held[f"values{part}"], mask)
+            outs.append(out.unflatten(2, (-1, group)).transpose(1, 2))
+        return _rows(torch.cat(outs, 1), self.held["order"].argsort(1)).transpose(1, 2).flatten(2, 3)
+
+    def whole_mask(self, q: torch.Tensor, group: int, additive: bool) -> torch.Tensor:
+        """The mask `[batch, heads, new, n + new]` of all keys for `q` `[..., new, any]`, its own not appended yet.
+
+        Args:
+            group: query heads per KV head.
+            additive: as scores to add, which it is in any case where means count more than once; otherwise bool.
+        """
+        bias = self._whole("bias", -torch.inf)
+        return self._mask(bias, q, additive or self.means, q.shape[-2]).repeat_interleave(group, 1)
+
+    def _mask(self, bias: torch.Tensor, q: torch.Tensor, additive: bool, coming: int = 0) -> torch.Tensor:
+        new, after = q.shape[-2], self.after + coming
+        bias = torch.nn.functional.pad(bias, (0, after))[:, :, None].expand(-1, -1, new, -1)
+        later = torch.ones(new, bias.shape[-1], dtype=torch.bool, device=bias.device).triu(bias.shape[-1] - new + 1)
+        bias = bias.masked_fill(later, -torch.inf)
+        return bias.to(q.dtype).clamp(min=torch.finfo(q.dtype).min) if additive else bias == 0
+
+    def _orders(self) -> list[torch.Tensor]:
+        counts = [self.held[f"bias{part}"].shape[1] for part in range(len(self.plain))]
+        return list(self.held["order"].split(counts, 1))
+
+    def _whole(self, name: str, fill: float = 0.0) -> torch.Tensor:
+        """All heads in their own order, the short ones filled up in front."""
+        longest = self.held[f"{name}0"].shape[2]
+        parts = []
+        for part in range(len(self.plain)):
+            t = self.held[f"{name}{part}"]
+            missing = (longest - t.shape[2], 0)
+            parts.append(torch.nn.functional.pad(t, missing if t.ndim == 3 else (0, 0, *missing), value=fill))
+        return _rows(torch.cat(parts, 1), self.held["order"].argsort(1))
+
+    def get_seq_length(self) -> int:
+        return self.held["keys0"].shape[2]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = min(abs(tokens_to_remove), self.after)
+        for part in range(len(self.plain)):
+            for name in ("keys", "values"):
+                t = self.held[f"{name}{part}"]
+                self.held[f"{name}{part}"] = t[:, :, : t.shape[2] - removed]
+        self.after -= removed
+
+
+def shortened(
+    keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, tokens: Tokens
+) -> tuple[DynamicLayer, Tokens]:
+    """A layer with the tokens `keep` (bool `[batch, kv_heads, n]`): a stock one where all heads keep equally many."""
+    counts = keep.sum(-1)
+    if (counts != counts[:, :1]).any():
+        return RaggedLayer.of(keys, values, keep, tokens)
+    index = keep.int().argsort(dim=-1, stable=True)[..., keep.shape[-1] - int(counts.max()) :]
+    there = keep.gather(-1, index)
+    column, visual = (
+        t[:, None].expand(-1, keep.shape[1], -1).gather(-1, index) for t in (tokens.column, tokens.visual)
+    )
+    at = index[..., None].expand(*index.shape, keys.shape[-1])
+    layer = DynamicLayer()
+    layer.update(keys.gather(2, at), values.gather(2, at))
+    return layer, Tokens(column, there[:, 0], visual & there)
+
+
+def _rows(t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Entries `order` (long `[batch, m]`) of `t` `[batch, heads, ...]` along the heads."""
+    return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:]))
