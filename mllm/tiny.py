@@ -91,7 +91,7 @@ def model(seed: int = 0, cell: int = CELL) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=tower, text_config=text, image_token_index=SPECIAL.index("<image>"), vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default", image_seq_length=(CELLS * cell // PATCH) ** 2,
     )  # fmt: skip
     made = LlavaForConditionalGeneration(config)
     made.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
