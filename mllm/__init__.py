@@ -8,6 +8,7 @@ _PUBLIC = {
     "prefill_flops": "report",
     "kv_bytes": "report",
     "FAMILIES": "families",
+    "load": "loading",
     "pope_questions": "metrics",
     "says_yes": "metrics",
     "yes_no_scores": "metrics",
