@@ -190,7 +190,6 @@ def aside(engine: Any, reading: Reading, lender: Any) -> Iterator[None]:
     before = {name: getattr(engine, name) for name in names}
     offset = getattr(engine.base, "rope_deltas", None)
     engine.branching, engine.idle, engine.lender = True, not reading.prune, lender
-    engine.ids = reading.ids
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from test_mllm_engine import Cached, Late, Third  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
-from vlm_models import IMAGE, VLM, VLMS, single  # noqa: E402
+from vlm_models import IMAGE, PRUNED, VLM, VLMS, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
+from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
@@ -55,12 +58,17 @@ def read(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tensor) -
     elif not (ids == IMAGE).any():
         names = ("input_ids", "attention_mask", "token_type_ids")
         prompt = {name: prompt[name] for name in names if name in prompt}
+        model = getattr(model, "language_model", model) if hasattr(model, "qformer") else model
         if hasattr(model.model, "rope_deltas"):
             model.model.rope_deltas = None
     cache = DynamicCache(config=model.config.get_text_config())
     logits = [model(**prompt, past_key_values=cache, use_cache=True).logits[:, -1]]
-    for i in range(len(answer) - 1):
-        logits.append(model(input_ids=answer[None, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+    place = ids.shape[1] + (type(model).__name__.startswith("PaliGemma"))  # by the prompt, also where it was pruned
+    offset = getattr(model.base_model, "rope_deltas", None)
+    for i, token in enumerate(answer[:-1]):
+        at = torch.tensor([[place + i]])
+        given = {"position_ids": at if offset is None else torch.stack([at, *[at + offset] * 3])}
+        logits.append(model(input_ids=token[None, None], past_key_values=cache, use_cache=True, **given).logits[:, -1])
     return torch.cat(logits)
 
 
@@ -161,3 +169,185 @@ def test_both_branches_are_the_stock_model(vlm: VLM, name: str):
         wanted = allowed(model, wanted)
         torch.testing.assert_close(scores[:, i], wanted, **CLOSE)
         assert wanted.argmax(-1).tolist() == answers[i].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Loud(InputPrune):
+    """Keep the tokens with the largest features: other ones in a noisy image."""
+
+    def select(self, image, keep: int) -> torch.Tensor:
+        return image.features.norm(dim=1).argsort()[-keep:].sort().values
+
+
+@dataclasses.dataclass(frozen=True)
+class Busy(LayerPrune):
+    """Keep the visual tokens with the largest states at layer 2."""
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        return (2,)
+
+    def select(self, layer, notes) -> torch.Tensor:
+        visual = layer.tokens.visual
+        return top(layer.hidden.norm(dim=-1), visual, [n // 2 for n in visual.sum(1).tolist()])
+
+
+@pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
+def test_both_branches_keep_the_same_tokens(vlm: VLM):
+    """Also where the branch has more words; a method of its own choice would keep others in a noisy image."""
+    model, rows = vlm.build(), rows_of(vlm)
+    batch, chosen = vlm.inputs(rows), {}
+    for share in (True, False):
+        with attach(model, Loud(keep=0.5), Busy(), VCD(steps=999), share_selection=share) as run:
+            out = model.generate(**batch, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+            main = run.engine.prompts[out.past_key_values]
+            (branch,) = (prompt for prompt in run.engine.prompts.values() if prompt is not main)
+            assert len(main.tokens[3]) < len(main.read) < main.length
+            for at in (0, 3):
+                chosen[share, at] = torch.equal(main.tokens[at].column, branch.tokens[at].column)
+    assert chosen == {(True, 0): True, (True, 3): True, (False, 0): False, (False, 3): False}
+
+
+@pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
+def test_contrast_of_pruned_prompts(vlm: VLM):
+    """Methods that choose by place keep the same in both branches: each equals its prompt pruned alone."""
+    model, rows = vlm.build(), rows_of(vlm)
+    batch, prune = vlm.inputs(rows), [Third(keep=0.6), Late(at=2), Cached()]
+    with attach(model, *prune, ICD(instruction=WORDS), positions="original"):
+        answers, scores = scored(model, batch)
+    prompts = zip(split(vlm, rows, batch), confused(vlm, rows, batch), strict=True)
+    with attach(model, *prune, positions="original"):
+        for i, both in enumerate(prompts):
+            if "image" in rows[i]:
+                z, u = (read(model, prompt, answers[i]) for prompt in both)
+                wanted = torch.stack([contrast(*pair, 0) for pair in zip(z, u, strict=True)])
+                torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "vlm, name", [(vlm, "m3id") for vlm in VLMS.values()] + [(VLMS["Llava"], "vcd"), (VLMS["Qwen3VL"], "vcd")]
+)
+def test_beams(vlm: VLM, name: str):
+    """The log-probability of every beam is that of its tokens under the contrast, read without beams."""
+    method, other, combine = METHODS[name]
+    model, rows, tokens = vlm.build(), rows_of(vlm)[:2], 5
+    batch = vlm.inputs(rows)
+    options = dict(num_beams=3, num_return_sequences=3, length_penalty=0.0, return_dict_in_generate=True)
+    with attach(model, method):
+        out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, output_scores=True, **options)
+    answers = out.sequences[:, -tokens:].view(2, 3, tokens)
+    found = out.sequences_scores.view(2, 3)
+    moved = False
+    for i, (prompt, second) in enumerate(zip(split(vlm, rows, batch), other(vlm, rows, batch), strict=True)):
+        for answer, score in zip(answers[i], found[i], strict=True):
+            z, u = read(model, prompt, answer), read(model, second, answer)
+            steps = [combine(*both, step + 1).log_softmax(-1) for step, both in enumerate(zip(z, u, strict=True))]
+            total = sum(step[token] for step, token in zip(steps, answer, strict=True))
+            torch.testing.assert_close(score, total, **CLOSE)
+        moved |= len({tuple(answer[:2].tolist()) for answer in answers[i]}) > 1
+    assert moved or name == "vcd"  # beams differ, so that a cache in the wrong order would show
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["Llava", "Qwen2VL", "Gemma3", "PaliGemma"])
+def test_however_it_is_generated(name: str, family: str):
+    vlm, method = VLMS[family], METHODS[name][0]
+    model, rows = vlm.build(), rows_of(vlm)
+    batch = vlm.inputs(rows)
+    offset = None
+    with attach(model, method):
+        _, wanted = scored(model, batch)
+        if vlm.mrope:
+            offset = model.model.rope_deltas.clone()
+        for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+            torch.testing.assert_close(scored(model, batch, **options)[1], wanted, **CLOSE)
+        torch.manual_seed(0)
+        out = model.generate(
+            **batch, max_new_tokens=3, do_sample=True, top_k=0, num_return_sequences=2, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        torch.testing.assert_close(out.scores[0][::2], wanted[0], **CLOSE)
+        torch.testing.assert_close(out.scores[0][1::2], wanted[0], **CLOSE)
+    answers, scores = out.sequences[:, -3:], torch.stack(out.scores)
+    others = METHODS[name][1](vlm, rows, batch)
+    for i, prompt in enumerate(split(vlm, rows, batch)):
+        for n in (2 * i, 2 * i + 1):
+            if "image" in rows[i]:
+                z, u = read(model, prompt, answers[n]), read(model, others[i], answers[n])
+                mixed = [METHODS[name][2](*both, step + 1) for step, both in enumerate(zip(z, u, strict=True))]
+                torch.testing.assert_close(scores[:, n], allowed(model, torch.stack(mixed)), **CLOSE)
+    if vlm.mrope:
+        assert offset.any()  # that of the main prompt
+
+
+@EVERY
+@pytest.mark.parametrize("method", [VCD(alpha=0, beta=0), M3ID(decay=0, beta=0), ICD(WORDS, alpha=0, beta=0)])
+def test_no_weight_is_no_change(vlm: VLM, method: Any):
+    model, batch = vlm.build(), vlm.inputs(rows_of(vlm))
+    stock, plain = scored(model, batch)
+    with attach(model, method):
+        answers, scores = scored(model, batch)
+    assert torch.equal(answers, stock)
+    if isinstance(method, M3ID):
+        scores, plain = scores.log_softmax(-1), plain.log_softmax(-1)
+    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["Llava", "Qwen2_5_VL", "Gemma3"])
+def test_a_second_turn(name: str, family: str):
+    vlm = VLMS[family]
+    model, first = vlm.build(), single(vlm, [[3, "image", 4]], 0)
+    more = torch.tensor([[11, 12, 13, 14]])
+    with attach(model, METHODS[name][0]):
+        out = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, more], 1)
+        extra = torch.zeros(1, 7, dtype=torch.int)
+        names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in first]
+        second = {name: torch.cat([first[name], extra], 1) for name in names}
+        second |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        _, kept = scored(model, second, past_key_values=out.past_key_values)
+        _, anew = scored(model, {**first, **second})
+    torch.testing.assert_close(kept, anew, **CLOSE)
+
+
+def test_what_cannot_be_contrasted_is_said():
+    vlm = VLMS["Llava"]
+    model, batch = vlm.build(), single(vlm, [[3, "image", 4]], 0)
+    _, stock = scored(model, batch)
+    for bad in (
+        dict(alpha=-1),
+        dict(alpha=True),
+        dict(beta=2),
+        dict(alpha=math.inf),
+        dict(steps=1000),
+        dict(steps=1.5),
+    ):
+        with pytest.raises(ValueError, match="VCD"):
+            VCD(**bad)
+    with pytest.raises(ValueError, match="give token ids"):
+        ICD(instruction=())
+    with pytest.raises(ValueError, match="the vocabulary has 120"):
+        attach(model, ICD(instruction=(120,)))
+    with pytest.raises(ValueError, match="VCD and M3ID both choose the next token"):
+        attach(model, VCD(), M3ID())
+    with attach(model, VCD()):
+        with pytest.raises(ValueError, match="cannot be used with prompt lookup"):
+            scored(model, batch, prompt_lookup_num_tokens=2)
+        features = {"image": model.model.get_image_features(batch["pixel_values"])}
+        given = {name: value for name, value in batch.items() if name != "pixel_values"}
+        model.model.get_image_features(batch["pixel_values"])
+        scored(model, given | {"mm_encoder_outputs": features})
+        with pytest.raises(ValueError, match="they were not given to generate"):
+            scored(model, given | {"mm_encoder_outputs": features})
+        handle = model.get_decoder().norm.register_forward_pre_hook(fail_late)
+        with pytest.raises(RuntimeError, match="boom"):
+            scored(model, batch)
+        handle.remove()
+    assert torch.equal(scored(model, batch)[1], stock)
+
+
+def fail_late(module: Any, args: tuple) -> None:
+    """In the branch, the second to read the prompt."""
+    module.calls = getattr(module, "calls", 0) + 1
+    if module.calls == 2:
+        raise RuntimeError("boom")
