@@ -24,11 +24,14 @@ _PUBLIC = {
     "points": "regions",
     "FasterVLM": "methods.fastervlm",
     "FastV": "methods.fastv",
+    "ICD": "methods.icd",
     "KVPrune": "methods.kvprune",
+    "M3ID": "methods.m3id",
     "RandomPrune": "methods.baselines",
     "StreamingHeads": "methods.streamingheads",
     "TaskKV": "methods.taskkv",
     "UniformPrune": "methods.baselines",
+    "VCD": "methods.vcd",
     "VTCCLS": "methods.vtccls",
 }
 

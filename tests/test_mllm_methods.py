@@ -60,6 +60,9 @@ METHODS: dict[str, Entry] = {
         lambda vlm: mllm.StreamingHeads(table=GATES[vlm.name], sink=2, recent=6, compensate=True), first=False
     ),
     "task-kv": Entry(lambda vlm: mllm.TaskKV(sink=2, recent=6, middle=2), SEVERAL_HEADS, first=False),
+    "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
+    "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
+    "m3id": Entry(lambda vlm: mllm.M3ID(decay=2.0, beta=0), first=False),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
 EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])
