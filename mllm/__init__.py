@@ -33,6 +33,7 @@ _PUBLIC = {
     "UniformPrune": "methods.baselines",
     "VCD": "methods.vcd",
     "VTCCLS": "methods.vtccls",
+    "ZeroTuning": "methods.zerotuning",
 }
 
 __all__ = list(_PUBLIC)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vision_attn.hosts import AttachError
+from vision_attn.mllm.around import Around, stand_around
 from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.families import Family
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
@@ -45,6 +46,8 @@ class Prompt:
         asked: bool `[batch, length]`, the visual tokens before anything was dropped.
         stored: layer -> bool `[batch, kv_heads, n]`, which of `tokens` its shortened cache holds.
         remade: features were changed where tokens were dropped.
+        later: tokens after the prompt in the cache, those of the running call included.
+        notes: id of a method -> what it keeps as long as the prompt lives.
     """
 
     length: int
@@ -58,6 +61,8 @@ class Prompt:
     asked: torch.Tensor | None = None
     stored: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     remade: bool = False
+    later: int = 0
+    notes: dict[int, dict[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -72,6 +77,8 @@ class Engine:
         self.input = next((m for m in methods if isinstance(m, InputPrune)), None)
         self.layer = next((m for m in methods if isinstance(m, LayerPrune)), None)
         self.cache = next((m for m in methods if isinstance(m, CachePrune)), None)
+        self.around = [m for m in methods if isinstance(m, Around)]
+        self.textual = any(m.text for m in self.around)  # prompts without images matter too
         self.visual_mask = visual_mask
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
         self.current: Prompt | None = None
@@ -107,6 +114,8 @@ class Engine:
         self.watch = None if self.input is None else watch_for(self.input, self.base, self.family)
         if self.watch is not None:
             self.watch.install(self._undo)
+        if self.around:
+            stand_around(self, self.around, self._undo)
         if self.contrast is not None:
             from vision_attn.mllm.branch import Branches
 
@@ -174,6 +183,8 @@ class Engine:
             self._go_on(self.current, cache, kwargs)
             return args, kwargs
         visual = None if embeds is None else self._visual(embeds.shape[:2])
+        if visual is None and embeds is not None and self.textual and not self.branching:
+            visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if visual is None:
             return args, kwargs
         if cache is not None and cache.get_seq_length() > 0:
@@ -301,4 +312,5 @@ class Engine:
             first = (prompt.read.valid.sum(1) if prompt.compact else prompt.texts)[:, None] + after
             step = torch.arange(new, device=first.device)
             kwargs["position_ids"] = first + step + self.family.first_position
+        prompt.later = after + new
         kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), tokens, after, new)

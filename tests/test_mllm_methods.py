@@ -63,6 +63,7 @@ METHODS: dict[str, Entry] = {
     "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
     "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
     "m3id": Entry(lambda vlm: mllm.M3ID(decay=2.0, beta=0), first=False),
+    "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
 EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])

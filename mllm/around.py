@@ -1,0 +1,96 @@
+"""Methods that stand around the attention of a layer and see all of its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from vision_attn.mllm.interface import Compute, listen, switch
+from vision_attn.mllm.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of one attention layer.
+
+    Args:
+        layer: from 0.
+        reading: the prompt is being read; otherwise what follows it.
+        columns: long `[batch, 1 or kv_heads, keys]`, which column of the prompt each key is; -1 for padding, for what
+            follows the prompt, and where a static cache is empty.
+        mask: as the attention gets it.
+        scale: of the scores.
+        compute: `(q, k, v, mask) -> [batch, queries, heads, head_dim]`, what happens without the method.
+        notes: the method's own, as long as the prompt lives.
+    """
+
+    layer: int
+    reading: bool
+    columns: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    compute: Compute
+    notes: dict[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Around(Method):
+    """Computes the attention of some layers in another way, for prompts with and without images."""
+
+    text: ClassVar[bool] = True
+
+    def where(self, layers: int) -> tuple[int, ...]:
+        """The layers, of so many, that it stands around."""
+        raise NotImplementedError
+
+    def attend(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`[batch, queries, heads, head_dim]` from queries `[batch, heads, queries, head_dim]` and keys and values
+        `[batch, kv_heads, keys, head_dim]`."""
+        raise NotImplementedError
+
+
+def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], None]]) -> None:
+    """Put methods around the attention of the text model. They are silent while a second branch runs."""
+    undo.append(switch(engine.config))
+    modules = [layer.self_attn for layer in engine.model.get_decoder().layers]
+
+    def attention(method: Around, layer: int, module: Any, q, k, v, mask, scale: float, compute: Compute):
+        prompt = engine.current
+        if prompt is None or engine.branching:
+            return compute(q, k, v, mask)
+        columns = key_columns(prompt, layer, k.shape[2], engine.reading)
+        notes = prompt.notes.setdefault(id(method), {})
+        return method.attend(Call(layer, engine.reading, columns, mask, scale, compute, notes), q, k, v)
+
+    for method in methods:
+        for layer in method.where(len(modules)):
+            undo.append(listen(modules[layer], functools.partial(attention, method, layer)))
+
+
+def key_columns(prompt: Any, layer: int, keys: int, reading: bool) -> torch.Tensor:
+    """Long `[batch, 1 or kv_heads, keys]`: which column of the prompt each key of a layer is, or -1."""
+    tokens = prompt.tokens[layer] if reading else prompt.cached[layer]
+    column, valid = (x if x.ndim == 3 else x[:, None] for x in (tokens.column, tokens.valid))
+    total = column.shape[-1] + (0 if reading else prompt.later)
+    column = F.pad(column.masked_fill(~valid, -1), (0, max(keys, total) - column.shape[-1]), value=-1)
+    gone = max(total - keys, 0)  # from a sliding window
+    return column[..., gone : gone + keys]
+
+
+def check_layers(name: str, layers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
+    """The layers a method names, or all of `count`.
+
+    Raises:
+        ValueError: a layer that is not there.
+    """
+    if layers is None:
+        return tuple(range(count))
+    bad = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
+    if bad:
+        raise ValueError(f"{name}: layer {bad[0]!r}; the text model has layers 0 to {count - 1}")
+    return tuple(layers)
