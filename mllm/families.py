@@ -133,7 +133,9 @@ def _qwen(name: str, layout: Layout) -> Family:
         group=_quartet,
         layout=layout,
         projector="visual.merger",
-        project=lambda base, rows: base.visual.merger(rows.view(-1, rows.shape[1] // base.visual.spatial_merge_unit)),
+        project=lambda base, rows: base.visual.merger(
+            rows.reshape(-1, rows.shape[1] // base.visual.spatial_merge_size**2)
+        ),
     )
 
 

@@ -29,6 +29,7 @@ class Image:
         vision: `[tokens, channels]`, the features of the tower as its projector gets them, one row per token.
         cls: `[channels]`, the class token among them, where the projector takes single patches.
         project: makes features `[n, width]` of such rows `[n, channels]`.
+        grid: rows and columns of the tokens, where they are one rectangle as far as is known.
     """
 
     features: torch.Tensor
@@ -40,6 +41,7 @@ class Image:
     vision: torch.Tensor | None = None
     cls: torch.Tensor | None = None
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    grid: tuple[int, int] | None = None
 
 
 class Layer:

@@ -56,6 +56,9 @@ def choose(engine: Any, tokens: Tokens, embeds: torch.Tensor) -> tuple[torch.Ten
             if count == 0:
                 continue
             own = {name: value[places] for name, value in part.items()}
+            if "grid" in own:
+                shape = tuple(own["grid"][0].tolist())
+                own["grid"] = shape if shape[0] * shape[1] == len(places) else None
             if "attention" in own:
                 own["attention"] = own["attention"].T
             if "cls" in own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -164,14 +165,26 @@ class TowerWatch:
         if self.used:
             self.seen, self.used = {}, False
         call = inspect.signature(plain).bind(*args, **kwargs).arguments
-        values = self._values(out, _sequences(call))
+        lengths = [h * w for h, w in _frames(call)] or None
+        values = self._values(out, lengths)
         for _, layer in self.layers.values():
             layer.clear()
         self.vision = None
         laid = {name: self.family.layout(self.base, value, call) for name, value in values.items()}
-        parts = zip(*laid.values(), strict=True)
-        self.seen.setdefault(kind, []).extend(dict(zip(laid, part, strict=True)) for part in parts)
+        parts = [dict(zip(laid, part, strict=True)) for part in zip(*laid.values(), strict=True)]
+        for number, part in enumerate(parts):
+            shape = self._shape(part, None if lengths is None else _frames(call)[number])
+            part["grid"] = torch.tensor(shape).expand(_tokens(part), 2)
+        self.seen.setdefault(kind, []).extend(parts)
         return out
+
+    def _shape(self, part: Seen, patches: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image; zeros where they are no rectangle that is known."""
+        if patches is not None:
+            return patches[0] // self.tower.spatial_merge_size, patches[1] // self.tower.spatial_merge_size
+        shown = int((~next(iter(part.values()))[:, 0].isnan()).sum())
+        side = math.isqrt(shown)
+        return (side, side) if side**2 == shown and shown >= _tokens(part) - 1 else (0, 0)
 
     def _values(self, out: Any, lengths: list[int] | None) -> dict[str, torch.Tensor]:
         """`[tiles, tokens, channels]` of everything that is looked at."""
@@ -184,7 +197,7 @@ class TowerWatch:
         if "vision" in self.looks:
             rows = self.vision
             if lengths is not None:  # all patches in one sequence
-                rows = rows.reshape(1, -1, rows.shape[-1] * self.tower.spatial_merge_unit)
+                rows = rows.reshape(1, -1, rows.shape[-1] * self.tower.spatial_merge_size**2)
             values["vision"] = rows
             number = getattr(self.base.config, "vision_feature_layer", None)
             if self.cls and number is not None:
@@ -245,7 +258,7 @@ def _tokens(seen: Seen) -> int:
     return len(next(iter(seen.values())))
 
 
-def _sequences(call: dict[str, Any]) -> list[int] | None:
-    """Patches of every image or frame, where a tower reads them as one sequence."""
+def _frames(call: dict[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of patches of every image or frame, where a tower reads all of them as one sequence."""
     grids = call.get("image_grid_thw", call.get("video_grid_thw"))
-    return None if grids is None else [h * w for frames, h, w in grids.tolist() for _ in range(frames)]
+    return [] if grids is None else [(h, w) for frames, h, w in grids.tolist() for _ in range(frames)]
