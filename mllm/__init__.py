@@ -40,6 +40,7 @@ _PUBLIC = {
     "VisPruner": "methods.vispruner",
     "VCD": "methods.vcd",
     "VTCCLS": "methods.vtccls",
+    "ZipVL": "methods.zipvl",
     "ZeroTuning": "methods.zerotuning",
 }
 

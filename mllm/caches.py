@@ -9,8 +9,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vision_attn.hosts import AttachError
-from vision_attn.mllm.tokens import Tokens
+from vision_attn.mllm.tokens import Tokens, take
 
+GROUP = 64  # tokens whose keys share a scale per channel
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
@@ -175,6 +176,107 @@ class RaggedLayer(HeldLayer):
                 t = self.held[f"{name}{part}"]
                 self.held[f"{name}{part}"] = t[:, :, : t.shape[2] - removed]
         self.after -= removed
+
+
+class QuantizedLayer(HeldLayer):
+    """Tokens in few bits, first those of one width and then those of the next; the last ones and what follows in full.
+
+    Codes are asymmetric: keys per channel in groups of `GROUP` tokens, values per token, scale and zero in float16. All
+    is dequantized at every step, so it takes less memory, and more time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[tuple[int, int]] = []  # of each part: tokens, bits
+
+    @classmethod
+    def of(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: Tokens,
+        parts: list[tuple[torch.Tensor, int]],
+        full: torch.Tensor,
+    ) -> tuple[QuantizedLayer, Tokens]:
+        """The layer, and its tokens in the order in which it has them.
+
+        Args:
+            keys, values: `[batch, kv_heads, n, head_dim]`.
+            tokens: what the n are.
+            parts: bool `[batch, n]` and bits; each token in one part, or in full.
+            full: bool `[batch, n]`.
+        """
+        self, found = cls(), []
+        self.dtype, self.device = keys.dtype, keys.device
+        for those, bits in [*parts, (full, 0)]:
+            own, index = tokens.kept(those)
+            k, v = take(keys, index, 2), take(values, index, 2)
+            found.append(own)
+            if not bits:
+                self.keys, self.values = k, v
+            if not bits or not len(own):
+                continue
+            name = len(self.parts)
+            self.parts.append((len(own), bits))
+            lead = -len(own) % GROUP
+            groups = torch.nn.functional.pad(k, (0, 0, lead, 0)).unflatten(2, (-1, GROUP))
+            real = torch.nn.functional.pad(own.valid, (lead, 0)).view(len(k), 1, -1, GROUP, 1)
+            self._quantize(f"keys{name}", groups, real, bits)
+            self._quantize(f"values{name}", v, own.valid[:, None, :, None], bits)
+        column, valid, visual = (
+            torch.cat([getattr(own, name) for own in found], 1) for name in ("column", "valid", "visual")
+        )
+        column, visual = (t[:, None].expand(-1, keys.shape[1], -1) for t in (column, visual))
+        return self, Tokens(column, valid, visual)
+
+    def _quantize(self, name: str, x: torch.Tensor, real: torch.Tensor, bits: int) -> None:
+        """Numbers that share a scale lie along dimension 3; those that are not `real` have no say in it."""
+        x = x.float()
+        low = x.masked_fill(~real, torch.inf).amin(3, keepdim=True)
+        high = x.masked_fill(~real, -torch.inf).amax(3, keepdim=True)
+        low, high = (t.nan_to_num(0, 0, 0) for t in (low, high))  # nothing real
+        scale, zero = ((high - low) / (2**bits - 1)).half(), low.half()
+        codes = ((x - zero.float()) / scale.float()).nan_to_num(0, 0, 0).round().clamp(0, 2**bits - 1)
+        self.held |= {name: pack(codes.to(torch.uint8), bits), f"{name}scale": scale, f"{name}zero": zero}
+
+    def _dequantize(self, name: str, bits: int) -> torch.Tensor:
+        codes = unpack(self.held[name], bits, self.keys.shape[-1] if name[0] == "k" else self.values.shape[-1])
+        return (codes * self.held[f"{name}scale"].float() + self.held[f"{name}zero"].float()).to(self.dtype)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        super().update(key_states, value_states)
+        keys, values = [], []
+        for part, (count, bits) in enumerate(self.parts):
+            k = self._dequantize(f"keys{part}", bits).flatten(2, 3)
+            keys.append(k[:, :, k.shape[2] - count :])
+            values.append(self._dequantize(f"values{part}", bits))
+        return torch.cat([*keys, self.keys], 2), torch.cat([*values, self.values], 2)
+
+    def get_seq_length(self) -> int:
+        return sum(count for count, _ in self.parts) + self.keys.shape[2]
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below `2**bits`, uint8 `[..., n]`, as bytes `[..., n * bits / 8]` rounded up.
+
+    >>> pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist()
+    [33, 3]
+    """
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    return (codes.int() << torch.arange(each, device=codes.device) * bits).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """The codes of `pack`, int32 `[..., n]`.
+
+    >>> unpack(torch.tensor([33, 3], dtype=torch.uint8), 4, 3).tolist()
+    [1, 2, 3]
+    """
+    shifts = torch.arange(8 // bits, device=packed.device) * bits
+    return ((packed.int()[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :n]
 
 
 def shortened(

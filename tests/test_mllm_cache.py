@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 from vlm_models import IMAGE, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
-from vision_attn.mllm.interface import listen, switch  # noqa: E402
+from vision_attn.mllm.caches import pack, unpack  # noqa: E402
+from vision_attn.mllm.interface import listen, name_for, switch  # noqa: E402
 from vision_attn.mllm.method import CachePrune  # noqa: E402
 from vision_attn.mllm.methods.streamingheads import head_scores  # noqa: E402
 
@@ -36,7 +37,7 @@ def gates(model: torch.nn.Module) -> list[list[float]]:
 
 
 def edited(model: torch.nn.Module, inputs: dict[str, Any], edit: Edit, tokens: int = 4) -> torch.Tensor:
-    """Logits of a stock model with eager attention and a full cache.
+    """Logits of a model with eager attention, and whoever listens to it, and a full cache.
 
     After the prompt, `edit(layer, cached)` may change the keys and values, and returns the tokens that each KV head no
     longer sees, bool `[kv_heads, n]`.
@@ -54,14 +55,14 @@ def edited(model: torch.nn.Module, inputs: dict[str, Any], edit: Edit, tokens: i
         if lost is not None:
             mask, heads = kwargs["attention_mask"], text.config.num_attention_heads
             lost = lost.repeat_interleave(heads // len(lost), 0)[None, :, None]
-            full = torch.zeros(1, heads, 1, mask.shape[-1])
-            full[..., : lost.shape[-1]].masked_fill_(lost, torch.finfo(torch.float32).min)
+            full = torch.zeros(1, heads, 1, mask.shape[-1], dtype=mask.dtype)
+            full[..., : lost.shape[-1]].masked_fill_(lost, torch.finfo(mask.dtype).min)
             kwargs["attention_mask"] = mask + full
         return args, kwargs
 
     handles = [layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True) for layer in text.layers]
     handles.append(text.register_forward_hook(after, with_kwargs=True))
-    text.config._attn_implementation = "eager"
+    text.config._attn_implementation = name_for("eager")
     try:
         return generate(model, inputs, tokens)[1]
     finally:
@@ -294,6 +295,108 @@ def test_heads_that_find_repetitions(family: str):
     assert method.compensate and method.sink == 2 and method.recent_share == 0.2
 
 
+def important_tokens(weights: torch.Tensor, visual: torch.Tensor, tau: float, recent: int, probes: list[int]) -> set:
+    """ZipVL's choice, written out: full weights `[heads, n, n]` to token numbers."""
+    mean, n = weights.mean(0), len(visual)
+    rows = [*probes, *range(n - recent, n)]
+    received = [sum(float(mean[i, j]) for i in rows) for j in range(n)]
+    per_row = [received[j] / max(sum(float(weights[0, i, j]) > 0 for i in rows), 1) for j in range(n)]
+    total, count = 0.0, 0
+    for value in sorted(received, reverse=True):
+        count, total = count + 1, total + value
+        if total >= tau * len(rows):
+            break
+    best = sorted(range(n), key=lambda j: -per_row[j])[:count]
+    return set(best) | set(range(n - recent, n)) | {j for j in range(n) if not visual[j]}
+
+
+def levels(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """`x` `[m]` on the levels of an asymmetric quantizer with scale and zero in float16."""
+    low, high = float(x.float().min()), float(x.float().max())
+    scale, zero = (float(torch.tensor(t).half()) for t in ((high - low) / (2**bits - 1), low))
+    codes = [min(max(round((float(value) - zero) / scale), 0), 2**bits - 1) if scale else 0 for value in x.float()]
+    return torch.tensor([code * scale + zero for code in codes]).to(x.dtype)
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode, probes", [("drop", 1000), ("drop", 0), ("quantize", 1000)])
+def test_zipvl_attends_among_the_important(family: str, mode: str, probes: int):
+    """Against full maps in every layer, and for the answer against a full cache with hidden or rounded entries."""
+    tau, recent = 0.6, 3
+    model, inputs = VLMS[family].build(), single(VLMS[family], ROWS, 1)
+    if mode == "quantize":  # in float32 the last bit of two ways to compute may fall on two sides of a level
+        model, inputs["pixel_values"] = model.double(), inputs["pixel_values"].double()
+    text, visual = model.get_decoder(), inputs["input_ids"][0] == IMAGE
+    n, chosen = len(visual), {}
+
+    def by_hand(module, q, k, v, mask, scale, compute):
+        if q.shape[2] == 1 or getattr(module, "sliding_window", None) is not None:
+            return compute(q, k, v, mask)
+        group = q.shape[1] // k.shape[1]
+        scores = (q @ k.repeat_interleave(group, 1).mT * scale).masked_fill(mask[0, 0] != 0, -torch.inf)
+        early = list(range(n - recent)) if probes else []
+        keep = chosen[module.layer_idx] = important_tokens(scores.softmax(-1)[0], visual, tau, recent, early)
+        lost = torch.tensor([j not in keep for j in range(n)])
+        out = scores.masked_fill(lost, -torch.inf).softmax(-1) @ v.repeat_interleave(group, 1)
+        return out.masked_fill(lost[:, None], 0).transpose(1, 2)
+
+    def edit(number: int, layer: Any) -> torch.Tensor | None:
+        lost = torch.tensor([j not in chosen[number] for j in range(n)])
+        if mode == "drop":
+            return lost.expand(layer.keys.shape[1], -1)
+        early = torch.arange(n) < n - recent
+        for those, bits in ((~lost & early, 4), (lost & early, 2)):
+            at = those.nonzero()[:, 0]
+            for head in range(layer.keys.shape[1]):
+                for some in at.flip(0).split(64):  # groups are counted from the end
+                    for channel in range(layer.keys.shape[3]):
+                        layer.keys[0, head, some, channel] = levels(layer.keys[0, head, some, channel], bits)
+                for token in at:
+                    layer.values[0, head, token] = levels(layer.values[0, head, token], bits)
+        return None
+
+    undo = [listen(layer.self_attn, by_hand) for layer in text.layers]
+    wanted = edited(model, inputs, edit)
+    for step in undo:
+        step()
+    with mllm.attach(model, mllm.ZipVL(tau=tau, mode=mode, recent=recent, probes=probes)):
+        _, found = generate(model, inputs, 4)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert all(3 < n - len(keep) for keep in chosen.values()) and len({len(keep) for keep in chosen.values()}) > 1
+
+
+def test_zipvl_draws_its_probes_row_by_row():
+    method, valid = mllm.ZipVL(recent=3, probes=4), torch.tensor([[0] * 4 + [1] * 12, [1] * 16]).bool()
+    rows, real = method._rows(valid, 2)
+    alone, _ = method._rows(valid[:1, 4:], 2)
+    assert (rows[0] - 4).tolist() == alone[0].tolist() and real.all()
+    assert rows[0, 4:].tolist() == [13, 14, 15] and len(set(rows[0].tolist())) == 7 and rows[0].min() >= 4
+    assert rows[1].tolist() != method._rows(valid, 3)[0][1].tolist()
+
+
+def test_a_quantized_cache_is_smaller_and_goes_on_in_every_way():
+    vlm = VLMS["Llava"]
+    model, alone = vlm.build(), single(vlm, ROWS, 0)
+    beams = dict(max_new_tokens=5, do_sample=False, num_beams=3, length_penalty=0.0)
+    with mllm.attach(model, mllm.ZipVL(tau=0.6, mode="quantize", recent=2, probes=8)) as run:
+        ids, wanted = generate(model, alone, 6)
+        read, n = run.report.prompts[0], alone["input_ids"].shape[1]
+        assert read.stock_cache == 4 * 8 * 2 * n * 4 * 3 and read.cache < read.stock_cache / 1.5
+        _, batch = generate(model, vlm.inputs(ROWS), 6)
+        torch.testing.assert_close(batch[:, :1], wanted, **CLOSE)
+        assert torch.equal(generate(model, alone, 6, prompt_lookup_num_tokens=3)[0], ids)
+        batch = model.generate(**vlm.inputs(ROWS), **beams)
+        for i in range(len(ROWS)):
+            assert batch[i, -5:].tolist() == model.generate(**single(vlm, ROWS, i), **beams)[0, -5:].tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packing(bits: int):
+    codes = torch.randint(2**bits, (3, 5, 13), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, -(-13 * bits // 8)) and torch.equal(unpack(packed, bits, 13), codes.int())
+
+
 def test_what_cannot_be_done_is_said():
     model = VLMS["Llava"].build()
     with pytest.raises(ValueError, match="a number for every KV head"):
@@ -310,6 +413,12 @@ def test_what_cannot_be_done_is_said():
     for bad in (dict(heads=0), dict(middle=-1), dict(sink=1.5)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             mllm.TaskKV(**bad)
+    for bad in (dict(tau=0), dict(mode="round"), dict(bits=(4, 3)), dict(recent=0), dict(probes=-1)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            mllm.ZipVL(**bad)
+    for method in (mllm.ZipVL(), mllm.StreamingHeads(table=gates(model))):
+        with mllm.attach(model, method), pytest.raises(ValueError, match="cannot shorten a StaticLayer"):
+            generate(model, single(VLMS["Llava"], ROWS, 0), cache_implementation="static")
     with pytest.raises(ValueError, match="one per layer, which would keep everything"):
         mllm.attach(VLMS["PaliGemma"].build(), mllm.TaskKV())
     with pytest.raises(ValueError, match="share of the heads"):

@@ -66,6 +66,7 @@ METHODS: dict[str, Entry] = {
     "streaming-heads": Entry(
         lambda vlm: mllm.StreamingHeads(table=GATES[vlm.name], sink=2, recent=6, compensate=True), first=False
     ),
+    "zipvl": Entry(lambda vlm: mllm.ZipVL(tau=0.5, recent=2, probes=4)),
     "task-kv": Entry(lambda vlm: mllm.TaskKV(sink=2, recent=6, middle=2), SEVERAL_HEADS, first=False),
     "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
     "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
