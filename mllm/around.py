@@ -20,9 +20,10 @@ class Call:
 
     Args:
         layer: from 0.
-        reading: the prompt is being read; otherwise what follows it.
-        columns: long `[batch, 1 or kv_heads, keys]`, which column of the prompt each key is; -1 for padding, for what
-            follows the prompt, and where a static cache is empty.
+        prompt: what is known of the prompt.
+        reading: it is being read; otherwise what follows it.
+        columns: long `[batch, 1 or kv_heads, keys]`, which column each key is: of the padded prompt, and on from there
+            for what follows it; -1 for padding, and where a static cache is empty.
         mask: as the attention gets it.
         scale: of the scores.
         compute: `(q, k, v, mask) -> [batch, queries, heads, head_dim]`, what happens without the method.
@@ -30,12 +31,26 @@ class Call:
     """
 
     layer: int
+    prompt: Any
     reading: bool
     columns: torch.Tensor
     mask: torch.Tensor | None
     scale: float
     compute: Compute
     notes: dict[Any, Any]
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, heads, rows, length]` over columns from `[batch, heads, rows, keys]`; 0 where there is no key."""
+        length = self.prompt.length + (0 if self.reading else self.prompt.later)
+        columns = self.columns.repeat_interleave(x.shape[1] // self.columns.shape[1], 1)
+        index = columns.masked_fill(columns < 0, length)[:, :, None].expand(x.shape)
+        return x.new_zeros(*x.shape[:-1], length + 1).scatter(-1, index, x)[..., :length]
+
+    def image(self) -> torch.Tensor:
+        """Bool `[batch, 1, 1, length]` over columns: the visual tokens that are still there, in any head."""
+        there = self.spread(torch.ones_like(self.columns, dtype=torch.float32)[:, :, None]).amax(1) > 0
+        asked = F.pad(self.prompt.asked, (0, there.shape[-1] - self.prompt.length))
+        return (there & asked[:, None])[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +80,7 @@ def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], Non
             return compute(q, k, v, mask)
         columns = key_columns(prompt, layer, k.shape[2], engine.reading)
         notes = prompt.notes.setdefault(id(method), {})
-        return method.attend(Call(layer, engine.reading, columns, mask, scale, compute, notes), q, k, v)
+        return method.attend(Call(layer, prompt, engine.reading, columns, mask, scale, compute, notes), q, k, v)
 
     for method in methods:
         for layer in method.where(len(modules)):
@@ -73,13 +88,13 @@ def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], Non
 
 
 def key_columns(prompt: Any, layer: int, keys: int, reading: bool) -> torch.Tensor:
-    """Long `[batch, 1 or kv_heads, keys]`: which column of the prompt each key of a layer is, or -1."""
-    tokens = prompt.tokens[layer] if reading else prompt.cached[layer]
+    """Long `[batch, 1 or kv_heads, keys]`: which column each key of a layer is, as in `Call`."""
+    tokens, later = (prompt.tokens[layer], 0) if reading else (prompt.cached[layer], prompt.later)
     column, valid = (x if x.ndim == 3 else x[:, None] for x in (tokens.column, tokens.valid))
-    total = column.shape[-1] + (0 if reading else prompt.later)
-    column = F.pad(column.masked_fill(~valid, -1), (0, max(keys, total) - column.shape[-1]), value=-1)
-    gone = max(total - keys, 0)  # from a sliding window
-    return column[..., gone : gone + keys]
+    after = torch.arange(prompt.length, prompt.length + later, device=column.device)
+    column = torch.cat([column.masked_fill(~valid, -1), after.expand(*column.shape[:2], -1)], -1)
+    gone = max(column.shape[-1] - keys, 0)  # from a sliding window
+    return F.pad(column[..., gone:], (0, keys - column.shape[-1] + gone), value=-1)
 
 
 def check_layers(name: str, layers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vision_attn.mllm.interface import Compute, listen, switch
+from vision_attn.mllm.rows import row_weights, visible
 
 ROWS = 256  # rows of attention that exist at once
 
@@ -29,24 +30,17 @@ class Reading:
     scale: float
     valid: torch.Tensor
 
-    def seen(self, rows: slice) -> torch.Tensor:
-        """Bool `[batch, 1, rows, n]`: which real tokens some real rows see."""
-        place = torch.arange(self.k.shape[2], device=self.k.device)
-        if self.mask is None:
-            seen = place <= place[rows, None]
-        else:
-            seen = self.mask[:, :, rows]
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        return seen & self.valid[:, None, None, :] & self.valid[:, None, rows, None]
-
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Attention, float32 `[batch, heads, rows, n]`, some rows at a time; rows of padding are 0."""
-        k = self.k.float()
-        for start in range(0, self.q.shape[2], ROWS):
-            rows = slice(start, start + ROWS)
-            q = self.q[:, :, rows].float().unflatten(1, (k.shape[1], -1))
-            scores = torch.einsum("bkgrd,bknd->bkgrn", q, k).flatten(1, 2) * self.scale
-            yield rows, scores.masked_fill(~self.seen(rows), -torch.inf).softmax(-1).nan_to_num()
+        for rows in self.cuts():
+            yield rows, row_weights(self.q, self.k, self.mask, self.scale, rows, self.valid)
+
+    def seen_by(self) -> torch.Tensor:
+        """How many real rows see each token, long `[batch, n]`."""
+        return sum(visible(self.q, self.k, self.mask, rows, self.valid).sum(2)[:, 0] for rows in self.cuts())
+
+    def cuts(self) -> list[slice]:
+        return [slice(start, start + ROWS) for start in range(0, self.q.shape[2], ROWS)]
 
 
 def readings(model: Any, inputs: dict[str, Any]) -> list[Reading]:
@@ -143,8 +137,7 @@ def attention_flow(
         heads, sharp = _gathered(layer, carried)
         carried = carried + (heads * sharp[..., None] if head_weights else heads).mean(1)
         if regularise:
-            seen_by = sum(layer.seen(slice(i, i + ROWS)).sum(2)[:, 0] for i in range(0, layer.q.shape[2], ROWS))
-            factor = factor * (1 - (seen_by - 1) / layer.valid.sum(1, keepdim=True))
+            factor = factor * (1 - (layer.seen_by() - 1) / layer.valid.sum(1, keepdim=True))
         found = found + carried * factor
     return found * layers[0].valid
 

@@ -39,7 +39,7 @@ def points(values: np.ndarray, threshold: float = 0.5) -> Points:
     least value outside of that region.
 
     Args:
-        threshold: between the least value of the map, 0, and the greatest, 1; the paper does not say which (0.5 is ours).
+        threshold: from the least value of the map, 0, to the greatest, 1; the paper does not say which (0.5 is ours).
 
     Raises:
         ValueError: a map that is constant or not finite, or a threshold that is not from 0 to below 1.

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, PATCH, SIDE, VIDEO, VLM, VLMS, single  # noqa: E402
+from vlm_models import IMAGE, PATCH, PRUNED, SIDE, VIDEO, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm import flow  # noqa: E402
 from vision_attn.mllm.flow import attention_flow, rollout  # noqa: E402
 from vision_attn.mllm.grids import grids, overview  # noqa: E402
+from vision_attn.mllm.maps import Capture, image_entropy, mass  # noqa: E402
 
 ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
@@ -82,6 +83,78 @@ def test_flow_is_not_followed_through_tokens_that_were_dropped():
     assert torch.equal(rollout(model, inputs), wanted)
     assert model.config.text_config._attn_implementation == "sdpa"
     assert not [name for m in model.modules() for name in vars(m) if "listeners" in name]
+
+
+@pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
+def test_captured_rows_are_those_of_full_maps(vlm: VLM):
+    """Of a padded batch, reading and generating, also where tokens were dropped, in every layer."""
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    model.set_attn_implementation({"text_config": "eager"})
+    for methods in ((), (mllm.UniformPrune(keep=0.5), mllm.FastV(keep=0.5, layer=2), mllm.KVPrune(keep=0.5, rows=4))):
+        look = Capture(rows=2)
+        with mllm.attach(model, *methods, look) as run:
+            out = model.generate(
+                **inputs, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
+            )
+            prompt = run.engine.current
+        assert len(look.steps) == 3 and set(look.steps[0]) == set(range(4))
+        for t, (step, maps) in enumerate(zip(look.steps, out.attentions, strict=True)):
+            for layer, full in enumerate(maps):
+                rows = full[:, :, -2:]
+                tokens = prompt.cached[layer] if t else prompt.tokens[layer]
+                column = tokens.column if tokens.column.ndim == 3 else tokens.column[:, None].expand(-1, 3, -1)
+                valid = tokens.valid if tokens.valid.ndim == 3 else tokens.valid[:, None]
+                held = column.where(valid, -1).repeat_interleave(rows.shape[1] // column.shape[1], 1)
+                wanted = torch.zeros(*rows.shape[:3], prompt.length + t)
+                gone = max(held.shape[-1] + t - rows.shape[-1], 0)
+                for b, h, j in (held >= 0).nonzero().tolist():
+                    if j >= gone:
+                        wanted[b, h, :, held[b, h, j]] = rows[b, h, :, j - gone]
+                if t:
+                    wanted[..., -t:] = rows[..., -t:]
+                real = inputs["attention_mask"][:, -2:] if t == 0 else torch.ones(3, 1)
+                wanted = wanted * real[:, None, :, None]
+                torch.testing.assert_close(step[layer], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_captured_rows_with_beams_and_a_static_cache(options: dict):
+    vlm = VLMS["Gemma3"]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    look, beams = Capture(reduce=lambda w, image: (mass(w, image), w.sum(-1))), options.get("num_beams", 1)
+    with mllm.attach(model, look):
+        generate(model, inputs, tokens=3, **options)
+    plain = Capture()
+    with mllm.attach(model, plain):
+        model(**inputs)
+    for layer, weights in plain.steps[0].items():
+        on_image = weights.masked_fill((inputs["input_ids"] != IMAGE)[:, None, None], 0).sum(-1)
+        torch.testing.assert_close(look.steps[0][layer][0], on_image.repeat_interleave(beams, 0), atol=1e-5, rtol=1e-4)
+    for step in look.steps:
+        for image, whole in step.values():
+            torch.testing.assert_close(whole, torch.ones_like(whole))
+            assert (
+                image.shape == (3 * beams, 6, 1) and (image[2 * beams :] == 0).all() and (image[: 2 * beams] < 1).all()
+            )
+
+
+def test_entropy_and_mass():
+    weights = torch.tensor([[0.1, 0.3, 0.1, 0.5], [0.25, 0.25, 0.25, 0.25]])
+    image = torch.tensor([[True, True, False, False], [True, False, True, True]])
+    p = torch.tensor([0.25, 0.75]).double()
+    wanted = torch.tensor([float(-(p * p.log()).sum() / np.log(2)), 1.0])
+    torch.testing.assert_close(image_entropy(weights, image), wanted)
+    torch.testing.assert_close(mass(weights, image), torch.tensor([0.4, 0.75]))
+    assert image_entropy(weights, image & (torch.arange(4) == 0)).isnan().all()
+    assert image_entropy(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([True, True, True])) == 0
+
+
+def test_captures_that_cannot_be():
+    for bad in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="a number of rows"):
+            Capture(rows=bad)
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        mllm.attach(VLMS["Llava"].build(), Capture(layers=(1, 4)))
 
 
 def blocks(values: torch.Tensor, side: int) -> torch.Tensor:
