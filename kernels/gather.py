@@ -21,8 +21,9 @@ class Chunk:
     """Part of an attention call.
 
     `query` `[rows, Q]` and `key` `[rows, U]` hold token numbers; for one batch and head a query is in one chunk only.
-    `allowed` is bool `[rows or 1, Q, U]`, or None when everything is; `bias`, of the same shape, says which entry of
-    the bias each pair takes. `batch`, `heads` and `kv_heads` say which part of the tensors is meant.
+    `allowed` is bool `[rows or 1, Q, U]`, or what to add to the scores, 0 or -inf, or None when everything is allowed;
+    `bias`, of the same shape, says which entry of the bias each pair takes. `batch`, `heads` and `kv_heads` say which
+    part of the tensors is meant.
     """
 
     query: torch.Tensor
@@ -126,6 +127,13 @@ def _without_bad(k, v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     return k.masked_fill(bad[..., None], 0), v.masked_fill(bad[..., None], 0), bad
 
 
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to the scores: 0 where a pair is allowed, -inf elsewhere. What is additive already is returned."""
+    if allowed.dtype == dtype:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
 def _part_of_bias(bias: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     """The batch entries and heads of a chunk; a size of 1 is for all of them."""
     batch = chunk.batch if len(bias) > 1 else slice(None)
@@ -133,7 +141,11 @@ def _part_of_bias(bias: torch.Tensor, chunk: Chunk) -> torch.Tensor:
 
 
 def _take(tensor: torch.Tensor, batch: slice, heads: slice, index: torch.Tensor) -> torch.Tensor:
-    return tensor[batch, :, heads].index_select(1, index.flatten())
+    """Tokens `index` of a part of a tensor, `[batch, tokens taken, heads, ...]`."""
+    part = tensor[batch, :, heads]
+    if len(part) == 1:  # selecting rows of a matrix takes half the time on a CPU
+        return part[0].flatten(1).index_select(0, index.flatten()).view(1, -1, *part.shape[2:])
+    return part.index_select(1, index.flatten())
 
 
 def _put(tensor: torch.Tensor, chunk: Chunk, part: torch.Tensor) -> None:
@@ -176,11 +188,10 @@ def _attend(q, k, v, bias, chunk: Chunk, extra_mask, bad, options: Options):
 
     some = None
     if allowed is not None:
-        if options.may_be_empty:  # such a row attends to everything, and is then set to 0
+        if options.may_be_empty:  # its lists are bool; such a row attends to everything, and is then set to 0
             some = allowed.any(-1, keepdim=True)
             allowed = allowed | ~some
-        added = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
-        added = by_query(added)
+        added = by_query(additive(allowed, q.dtype))
     if bias is not None:
         pairs = _bias_of_pairs(bias, chunk.bias, (batch, rows, kv_heads, group), options.extra)
         added = pairs if added is None else added + pairs
@@ -212,7 +223,9 @@ def _attend(q, k, v, bias, chunk: Chunk, extra_mask, bad, options: Options):
             bad, chunk.batch, chunk.kv_heads, _with_extra(chunk.key, bad.shape[1] - options.extra, options.extra)
         )
         seen = seen.view(batch * rows, -1, kv_heads).transpose(1, 2)[:, :, None]
-        seen = seen if allowed is None else seen & (allowed if some is None else allowed & some)
+        if allowed is not None:
+            seen = seen & (allowed if allowed.dtype == torch.bool else allowed == 0)
+            seen = seen if some is None else seen & some
         put(seen.any(-1, keepdim=True), (float("nan"), float("nan")))
 
     def ungroup(t):
@@ -233,14 +246,16 @@ def _bias_of_pairs(bias: torch.Tensor, index: torch.Tensor, sizes: tuple[int, ..
 
 
 def _allowed(chunk: Chunk, extra_mask: torch.Tensor | None, batch: int, extra: int) -> torch.Tensor | None:
-    """Bool `[batch * rows or 1, 1, Q or 1, U + extra]`."""
+    """As `Chunk.allowed`, `[batch * rows or 1, 1, Q or 1, U + extra]`."""
     allowed, rows = chunk.allowed, len(chunk.query)
     if extra_mask is None:
         if allowed is None:
             return None
-        allowed = F.pad(allowed, (0, extra), value=True) if extra else allowed
+        allowed = F.pad(allowed, (0, extra), value=allowed.dtype == torch.bool) if extra else allowed
         allowed = allowed.repeat(batch, 1, 1) if len(allowed) > 1 else allowed
         return allowed[:, None]
-    allowed = chunk.key.new_ones(1, 1, chunk.key.shape[1], dtype=torch.bool) if allowed is None else allowed
+    if allowed is None:
+        allowed = chunk.key.new_ones(1, 1, chunk.key.shape[1], dtype=torch.bool)
+    allowed = allowed if allowed.dtype == torch.bool else allowed == 0
     visible = extra_mask[chunk.batch][:, None, None].expand(-1, rows, allowed.shape[1], -1)
     return torch.cat([allowed.expand(batch, rows, -1, -1), visible], -1).flatten(0, 1)[:, None]

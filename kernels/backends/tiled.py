@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..gather import Chunk, Options, attend_chunks, gradients
+from ..gather import Chunk, Options, additive, attend_chunks, gradients
 from ..patterns import Blocked, BlockList, Dense, Separable
 from ..patterns.blocks import Lists
 from ..problem import Problem
@@ -109,14 +109,20 @@ def _chunks(problem: Problem, device: torch.device) -> Iterator[Chunk]:
 
 @functools.lru_cache(maxsize=8)
 def _kept(problem: Problem, device: torch.device) -> list[Chunk] | None:
-    """The chunks of a problem that comes again and again, if they are small."""
+    """The chunks of a problem that comes again and again, if they are small; with masks to add, if those are too."""
     chunks, size = [], 0
     for chunk in _make(problem, device):
         chunks.append(chunk)
         size += sum(0 if t is None else t.nbytes for t in (chunk.query, chunk.key, chunk.allowed, chunk.bias))
         if size > KEPT_BYTES:
             return None
-    return chunks
+    half = device.type == "cpu" and problem.dtype.itemsize == 2  # computed in float32
+    dtype = torch.float32 if half else problem.dtype
+    masks = {id(chunk.allowed): chunk.allowed for chunk in chunks if chunk.allowed is not None}
+    if size + sum(mask.numel() for mask in masks.values()) * dtype.itemsize > KEPT_BYTES:
+        return chunks
+    added = {key: additive(mask, dtype) for key, mask in masks.items()}
+    return [dataclasses.replace(chunk, allowed=added.get(id(chunk.allowed))) for chunk in chunks]
 
 
 def _make(problem: Problem, device: torch.device) -> Iterator[Chunk]:
