@@ -27,6 +27,8 @@ COMMANDS = {
     "show": "Draw a picture of a pattern: who a query sees.",
     "classify": "Say what is in pictures, with a timm classifier or CLIP.",
     "attention": "Draw where a vision model looks in a picture, with the numbers.",
+    "ask": "Ask a vision-language model about a picture, with methods that prune or steer it.",
+    "caption": "Describe a picture with a vision-language model, with methods that prune or steer it.",
     "presets": "List published attention settings, or fit one to a size.",
     "doctor": "Report versions, devices and backends.",
 }
@@ -75,7 +77,7 @@ def _debug_option() -> click.Option:
 )
 @click.version_option(__version__, prog_name="vision-attn")
 def cli() -> None:
-    """Spatial attention for diffusion pipelines: sparse patterns that run on any machine.
+    """Spatial attention for vision, diffusion and vision-language models: methods that run on any machine.
 
     \b
     Examples:

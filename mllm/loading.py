@@ -78,16 +78,17 @@ class Loaded:
         >>> load().answer(world.draw_crowd(crowd, np.random.default_rng(1)), "Is there a red triangle in the image?")
         'yes'
         """
-        return self.text(self.generate(self.inputs(picture, question), tokens, **options))
+        return self.text(self.generate(self.inputs(picture, question), tokens, **options).sequences)
 
-    def generate(self, inputs: dict[str, Any], tokens: int, **options: Any) -> torch.Tensor:
-        """Ids of the answer alone, long `[rows, n]`."""
+    def generate(self, inputs: dict[str, Any], tokens: int, **options: Any) -> Any:
+        """What `model.generate` returns, with the ids of the answer alone in `sequences`, long `[rows, n]`."""
         given = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, **options}
         with torch.no_grad():
-            ids = self.model.generate(**inputs, **given).sequences
-        before = inputs["input_ids"]
-        again = ids.shape[1] >= before.shape[1] and torch.equal(ids[:, : before.shape[1]], before)
-        return ids[:, before.shape[1] :] if again else ids
+            output = self.model.generate(**inputs, **given)
+        ids, before = output.sequences, inputs["input_ids"]
+        if ids.shape[1] >= before.shape[1] and torch.equal(ids[:, : before.shape[1]], before):
+            output.sequences = ids[:, before.shape[1] :]
+        return output
 
     def text(self, ids: torch.Tensor) -> str:
         """The first row of answers, as words."""

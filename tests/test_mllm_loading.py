@@ -65,7 +65,7 @@ def test_the_answer_alone(shipped):
     """Models that return the prompt with the answer, and those that do not, give the same."""
     picture = draw_crowd(crowds(1)[0], np.random.default_rng(0))
     inputs = shipped.inputs(picture, tiny.DESCRIBE)
-    ids = shipped.generate(inputs, 20)
+    ids = shipped.generate(inputs, 20).sequences
     whole = shipped.model.generate(**inputs, max_new_tokens=20, do_sample=False)
     assert torch.equal(ids, whole[:, inputs["input_ids"].shape[1] :])
     assert "user" not in shipped.text(ids)
