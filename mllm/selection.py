@@ -48,26 +48,13 @@ def choose(engine: Any, tokens: Tokens, embeds: torch.Tensor) -> tuple[torch.Ten
             end = at + len(next(iter(part.values()))) if part else stop
             pieces.append((part, at, free[at - start : end - start].nonzero()[:, 0]))
             at = end
-        counts = [method.count(len(places)) for *_, places in pieces]
-        if kind == "video":  # one budget, shared evenly by the frames
-            total, n = method.count(int(free.sum())), len(pieces)
-            counts = [total * (i + 1) // n - total * i // n for i in range(n)]
-        for (part, at, places), count in zip(pieces, counts, strict=True):
+        for (part, at, places), count in zip(pieces, _counts(method, kind, pieces), strict=True):
             if count == 0:
                 continue
-            own = {name: value[places] for name, value in part.items()}
-            if "grid" in own:
-                shape = tuple(own["grid"][0].tolist())
-                own["grid"] = shape if shape[0] * shape[1] == len(places) else None
-            if "attention" in own:
-                own["attention"] = own["attention"].T
-            if "cls" in own:
-                own["cls"] = own["cls"][0]
-            if "keys" in own:
-                own["keys"] = own["keys"].unflatten(-1, (watch.heads, -1))
             image = Image(
                 embeds[row, at + places], embeds[row][words], None if ids is None else ids[row][words], number,
-                project=lambda rows: engine.family.project(engine.base, rows), **own,
+                project=lambda rows: engine.family.project(engine.base, rows),
+                **_looked(part, places, 1 if watch is None else watch.heads),
             )  # fmt: skip
             number += 1
             chosen = method.select(image, count)
@@ -77,3 +64,27 @@ def choose(engine: Any, tokens: Tokens, embeds: torch.Tensor) -> tuple[torch.Ten
                 embeds[row, at + places[chosen]] = made.to(embeds.dtype)
             keep[row, at + places[chosen]] = True
     return keep, embeds
+
+
+def _counts(method: InputPrune, kind: str, pieces: list[tuple[Seen, int, torch.Tensor]]) -> list[int]:
+    """How many tokens of each image stay; a video has one budget, which its frames share evenly."""
+    sizes = [len(places) for *_, places in pieces]
+    if kind == "image":
+        return [method.count(size) for size in sizes]
+    total, frames = method.count(sum(sizes)), len(sizes)
+    return [total * (i + 1) // frames - total * i // frames for i in range(frames)]
+
+
+def _looked(part: Seen, places: torch.Tensor, heads: int) -> dict[str, Any]:
+    """What a method looks at of the tower, for the tokens at `places`: fields of `Image`."""
+    own: dict[str, Any] = {name: value.to(places.device)[places] for name, value in part.items()}
+    if "grid" in own:
+        rows, columns = own["grid"][0].tolist()
+        own["grid"] = (rows, columns) if rows * columns == len(places) else None
+    if "attention" in own:
+        own["attention"] = own["attention"].T
+    if "cls" in own:
+        own["cls"] = own["cls"][0]
+    if "keys" in own:
+        own["keys"] = own["keys"].unflatten(-1, (heads, -1))
+    return own

@@ -70,7 +70,7 @@ class CDPruner(InputPrune):
     def select(self, image: Image, keep: int) -> torch.Tensor:
         unit = torch.nn.functional.normalize(image.features.float(), dim=-1)
         relevance = torch.ones_like(unit[:, 0]) if self.clip is None else self._relevance(image)
-        return greedy(unit * relevance[:, None], keep)
+        return greedy(unit, relevance, keep)
 
     def _relevance(self, image: Image) -> torch.Tensor:
         if image.ids is None:
@@ -88,12 +88,13 @@ class CDPruner(InputPrune):
         return (found - low + 1e-6) / (high - low).clamp(min=1e-6)
 
 
-def greedy(rows: torch.Tensor, keep: int) -> torch.Tensor:
-    """Sorted indices of `keep` of `[n, width]` with, step by step, the largest determinant of their products.
+def greedy(unit: torch.Tensor, relevance: torch.Tensor, keep: int) -> torch.Tensor:
+    """Sorted indices of `keep` of the unit rows `[n, width]` with, step by step, the largest determinant of their
+    products, weighed by the `relevance` `[n]` of both.
 
     Paper: Fast Greedy MAP Inference for Determinantal Point Process to Improve Recommendation Diversity.
     """
-    gain = rows.square().sum(1)
+    rows, gain = unit * relevance[:, None], relevance.square()
     basis = rows.new_zeros(keep, len(rows))
     chosen = []
     for step in range(keep):

@@ -10,7 +10,7 @@ import torch
 from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune
 
-ROWS = 1024  # tokens whose distances to all others exist at once
+ROWS = 512  # tokens whose distances to all others exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DivPrune(InputPrune):
         nearest = []
         for start in range(0, len(unit), ROWS):
             distance = 1 - unit[start : start + ROWS] @ unit.T
-            distance[torch.arange(len(distance)), torch.arange(start, start + len(distance))] = torch.inf
+            distance.diagonal(start).fill_(torch.inf)
             nearest.append(distance.amin(1))
         chosen = [torch.cat(nearest).argmax()]
         apart = torch.full_like(unit[:, 0], torch.inf)

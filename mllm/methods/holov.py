@@ -13,6 +13,7 @@ from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune, ranked
 
 EPS = 1e-6
+ROWS = 512  # tokens whose cosines to all others exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,12 @@ def _scale(attention: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
 
 def _variance(unit: torch.Tensor) -> torch.Tensor:
     """How much the cosines of each of `[m, width]` to the others vary; its own, set to 0, counts as released."""
-    others = max(len(unit) - 1, 1)
-    cosines = (unit @ unit.T).fill_diagonal_(0)
-    return (cosines - cosines.sum(1, keepdim=True) / others).square().sum(1) / others
+    others, found = max(len(unit) - 1, 1), []
+    for start in range(0, len(unit), ROWS):
+        cosines = unit[start : start + ROWS] @ unit.T
+        cosines.diagonal(start).zero_()
+        found.append((cosines - cosines.sum(1, keepdim=True) / others).square().sum(1) / others)
+    return torch.cat(found)
 
 
 def budget(worth: torch.Tensor, sizes: list[int], keep: int) -> list[int]:

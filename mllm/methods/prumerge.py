@@ -11,6 +11,7 @@ from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune, check_keep, ranked
 
 NEAR = 32  # tokens merged into each kept one
+ROWS = 256  # kept tokens whose neighbours are looked for at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,13 @@ class PruMerge(InputPrune):
         attention, vision = image.attention[-1], image.vision.float()
         places = self.chosen(attention, keep).sort().values
         keys = torch.nn.functional.normalize(image.keys.flatten(1), dim=-1)
-        likeness = keys[places] @ keys.T
-        likeness[torch.arange(len(places)), places] = -torch.inf
-        near = likeness.topk(min(NEAR, len(keys) - 1)).indices
         weighed = attention[:, None] * vision
-        rows = vision[places] + weighed[near].sum(1)
+        rows = []
+        for part in places.split(ROWS):
+            likeness = (keys[part] @ keys.T).scatter(1, part[:, None], -torch.inf)
+            near = likeness.topk(min(NEAR, len(keys) - 1)).indices
+            rows.append(vision[part] + weighed[near].sum(1))
+        rows = torch.cat(rows)
         dropped = torch.ones(len(vision), dtype=torch.bool, device=vision.device)
         dropped[places] = False
         if dropped.any() and (self.keep is None or len(places) < keep):

@@ -10,6 +10,8 @@ import torch
 from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune, ranked
 
+ROWS = 512  # tokens whose likeness to the others exists at once
+
 
 @dataclasses.dataclass(frozen=True)
 class VisPruner(InputPrune):
@@ -55,7 +57,7 @@ def unlike(rest: torch.Tensor, unit: torch.Tensor, count: int) -> torch.Tensor:
     while len(rest) > count > 0:
         even, odd = rest[::2], rest[1::2]
         drop = min(8, len(rest) - count, len(even))
-        likeness = (unit[even] @ unit[odd].T).amax(1)
+        likeness = torch.cat([(rows @ unit[odd].T).amax(1) for rows in unit[even].split(ROWS)])
         stay = likeness.argsort(stable=True)[: len(even) - drop]
         rest = torch.cat([even[stay], odd])
     return rest[:count]
