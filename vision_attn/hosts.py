@@ -12,6 +12,7 @@ HOSTS = {
     "timm": "vision_attn.retrofit",
     "open_clip": "vision_attn.retrofit",
     "transformers": "vision_attn.mllm.attachment",
+    "vggt": "vision_attn.retrofit",
 }
 
 
@@ -24,10 +25,10 @@ def attach(target: Any, *what: Any, **options: Any) -> Any:
 
     Args:
         target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; a timm model, or an open_clip model; a
-            vision-language model of transformers.
+            vision-language model of transformers; VGGT.
         what: who sees whom on the token grid, for example `Radial(decay=0.2)`, or a method of `vision_attn.diffusion`;
-            for timm and open_clip a pattern or `TokenMerge()`; for vision-language models one or more methods of
-            `vision_attn.mllm`.
+            for timm and open_clip a pattern or `TokenMerge()`, for VGGT `TokenMerge("vggt")`; for vision-language
+            models one or more methods of `vision_attn.mllm`.
         **options: of the host, such as `dense_layers`; see `vision_attn.diffusion.attach` for diffusers,
             `vision_attn.retrofit.attach` for timm and open_clip, `vision_attn.mllm.attach` for transformers.
 

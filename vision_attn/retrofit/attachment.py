@@ -18,7 +18,7 @@ from vision_attn.kernels.patterns.base import check_grid
 from vision_attn.merging import TokenMerge
 from vision_attn.retrofit import swin
 from vision_attn.retrofit.families import Place, find, is_swin
-from vision_attn.retrofit.interception import behaviour_of
+from vision_attn.retrofit.interception import behaviour_of, own_class
 from vision_attn.retrofit.merged import MergedTower
 from vision_attn.retrofit.run import Layer, Run, Tower, plain
 
@@ -43,7 +43,7 @@ def attach(
 
     Args:
         model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as
-            it is), or any module that contains one.
+            it is), VGGT or a model built like it (for `TokenMerge("vggt")`), or any module that contains one.
         pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter;
             a tuple must fit. Or a `TokenMerge`, which changes how many tokens there are.
         dense_layers: the first layers that stay as they are, or the numbers of those layers, from 0.
@@ -97,6 +97,11 @@ class PatternTower(Tower):
     """One tower under a pattern; `kept` are the numbers of the layers that stay as they are."""
 
     def __init__(self, place: Place, pattern: Pattern, kept: frozenset[int], options: dict[str, Any]) -> None:
+        if place.family is not None and place.family.frames:
+            raise ValueError(
+                f"{own_class(place.module).__name__} has tokens of its own before every frame, which no pattern knows; "
+                "use TokenMerge('vggt')"
+            )
         super().__init__(place, options["grid"], options["strict"])
         self.pattern, self.backend = pattern, options["backend"]
         self.plans: dict[tuple[int, ...], tuple[Pattern, bool]] = {}

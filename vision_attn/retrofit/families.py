@@ -26,6 +26,8 @@ class Family:
         prefix: tokens before the grid; None asks the tower for `num_prefix_tokens`.
         end: the module after the last block, or the one that has all blocks.
         biased: it adds a bias for every pair of places to the scores.
+        frames: it takes images `[batch, frames, channels, height, width]`, and these layers see the tokens of all
+            frames, each with tokens of its own before its grid.
         refuse: why this class cannot be attached to; empty when it can.
     """
 
@@ -34,6 +36,7 @@ class Family:
     prefix: int | None = None
     end: str = "norm"
     biased: bool = False
+    frames: bool = False
     refuse: str = ""
 
 
@@ -52,6 +55,10 @@ FAMILIES = {
     ("timm", "VisionTransformerSAM"): _OTHER_WINDOWS,
     ("timm", "SwinTransformerV2Cr"): _OTHER_WINDOWS,
 }
+# VGGT and what is built like it, in any package: a module that has all of these. Its layers here are those over all
+# frames; those inside of a frame, in the backbone and in the heads stay as they are.
+FRAMES = ("frame_blocks", "global_blocks", "patch_start_idx", "patch_size")
+_VGGT = Family(r"^global_blocks\.(\d+)\.", frames=True)
 SWIN_BLOCKS = ("SwinTransformerBlock", "SwinTransformerV2Block")  # of timm; each is a layer and knows its own grid
 
 
@@ -66,6 +73,8 @@ class Place:
 
     @property
     def prefix(self) -> int:
+        if self.family is not None and self.family.frames:
+            return self.module.patch_start_idx
         known = None if self.family is None else self.family.prefix
         return getattr(self.module, "num_prefix_tokens", 0) if known is None else known
 
@@ -94,7 +103,7 @@ def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
     if not places and grid is not None:
         places = [Place("", model, None, _outermost(model))]
     if not any(place.layers for place in places):
-        known = ", ".join([cls for (_, cls), f in FAMILIES.items() if not f.refuse] + list(SWIN_BLOCKS))
+        known = ", ".join([cls for (_, cls), f in FAMILIES.items() if not f.refuse] + list(SWIN_BLOCKS) + ["VGGT"])
         raise ValueError(
             f"nothing to attach to in {own_class(model).__name__}: looked for attention layers in {known}"
             + (
@@ -107,12 +116,12 @@ def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a tower by its class and base classes."""
+    """The family of a tower by its class and base classes, or for VGGT by what it has."""
     for cls in type(module).__mro__:
         family = FAMILIES.get((cls.__module__.partition(".")[0], cls.__name__))
         if family is not None:
             return family
-    return None
+    return _VGGT if all(hasattr(module, name) for name in FRAMES) else None
 
 
 def is_swin(module: nn.Module) -> bool:

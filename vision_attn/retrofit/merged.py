@@ -114,6 +114,8 @@ def _check(place: Place, method: TokenMerge) -> None:
         raise ValueError("cannot merge tokens in Swin: its windows need every token of the map")
     if family is not None and family.biased:
         raise ValueError(f"cannot merge tokens in {cls}: it adds a bias for every pair of places to the scores")
+    if family is not None and family.frames and method.partition != "vggt":
+        raise ValueError(f"partition {method.partition!r} is for one image, and {cls} sees many frames; use 'vggt'")
     if family is None and method.partition != "vggt":
         raise ValueError(
             f"partition {method.partition!r} needs a class that is known, and {cls} is not; use 'vggt' for any module "

@@ -70,6 +70,9 @@ class Tower:
         self.dense: list[str] = []  # layers that were left alone
         self.parts: list[tuple[nn.Module, type, Any]] = []
         self.warnings: dict[str, int] = {}
+        if place.family is not None and place.family.frames:
+            self.parts.append((place.module, Frames, self))
+            return
         embed = None if place.family is None else getattr(place.module, place.family.embed, None)
         if embed is not None:
             self.parts.append((embed, Embed, self))
@@ -84,10 +87,13 @@ class Tower:
             found = embed.dynamic_feat_size((int(image.shape[-2]), int(image.shape[-1])))
         else:
             found = tokens.shape[-2:]
-        found = (int(found[0]), int(found[1]))
-        if self.user_grid is not None and self.user_grid != found:
-            raise AttachError(f"grid={self.user_grid}, but this image has {found} tokens; leave grid out")
-        self.grid = found
+        self.found((int(found[0]), int(found[1])))
+
+    def found(self, grid: tuple[int, ...]) -> None:
+        """Take the grid of the call that is running."""
+        if self.user_grid is not None and self.user_grid != grid:
+            raise AttachError(f"grid={self.user_grid}, but this image has {grid} tokens; leave grid out")
+        self.grid = grid
 
     def warn(self, note: str) -> None:
         if self.strict:
@@ -107,6 +113,18 @@ class Embed:
         if self._vision_attn.active:
             self._vision_attn.measure(self, x, out)
         return out
+
+
+class Frames:
+    """In front of a tower that takes several frames."""
+
+    def forward(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._vision_attn.active:
+            if images.ndim != 5:
+                raise AttachError(f"images must be [batch, frames, channels, height, width]; got {tuple(images.shape)}")
+            frames, height, width = (int(images.shape[i]) for i in (1, 3, 4))
+            self._vision_attn.found((frames, height // self.patch_size, width // self.patch_size))
+        return super().forward(images, *args, **kwargs)
 
 
 class Run:
