@@ -86,22 +86,22 @@ class Cuts:
         if self.index is not None:
             kwargs = self._narrow(number, hidden, now, plain)
         view = Layer(number, module, hidden, now, kwargs.get("position_embeddings"), engine.entered)
-        if number in self.watched:
-            with engine.choosing():
-                engine.layer.observe(view, self.notes)
         if number in self.cuts:
             with engine.choosing():
                 keep = engine.lent(now, number)
                 if keep is None:
                     keep = engine.layer.select(view, self.notes) | ~now.visual
-            tokens, index = now.kept(keep)
-            if len(tokens) < len(now):
+            if (now.valid & ~keep).any():
+                tokens, index = now.kept(keep)
                 hidden = take(hidden, index, 1)
                 self.index = index if self.index is None else self.index.gather(1, index)
                 prompt.tokens[number:] = [tokens] * (len(self.layers) - number)
                 prompt.cached[number:] = prompt.tokens[number:]
                 kwargs = self._narrow(number, hidden, tokens, plain)
                 view = Layer(number, module, hidden, tokens, kwargs.get("position_embeddings"), engine.entered)
+        if number in self.watched:
+            with engine.choosing():
+                engine.layer.observe(view, self.notes)
         if engine.cache is not None:
             self.views.append(view)
         return (hidden, *args[1:]), kwargs

@@ -62,6 +62,11 @@ METHODS: dict[str, Entry] = {
     "prumerge-plus": Entry(lambda vlm: mllm.PruMergePlus()),
     "vtccls": Entry(lambda vlm: mllm.VTCCLS(keep=0.5, start_layer=0)),
     "fastv": Entry(lambda vlm: mllm.FastV(keep=0.5, layer=2)),
+    "pyramid-drop": Entry(lambda vlm: mllm.PyramidDrop(keep=(0.6, 0.3), layers=(2, 3))),
+    "sparsevlm": Entry(lambda vlm: mllm.SparseVLM(keep=(0.6, 0.3), layers=(2, 3), heads=2)),
+    "dart": Entry(lambda vlm: mllm.DART(keep=0.6, pivots=2)),
+    "schedule": Entry(lambda vlm: mllm.TokenSchedule([1, 1, 0.5, 0.25], rows=3)),
+    "visual-exit": Entry(lambda vlm: mllm.VisualExit(layer=3)),
     "kvprune": Entry(lambda vlm: mllm.KVPrune(keep=0.5, rows=4, pool=3), first=False),
     "streaming-heads": Entry(
         lambda vlm: mllm.StreamingHeads(table=GATES[vlm.name], sink=2, recent=6, compensate=True), first=False
