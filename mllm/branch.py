@@ -17,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from vision_attn.hosts import AttachError
 from vision_attn.mllm.contrast import Contrast, Step
-from vision_attn.mllm.reading import Reading, Source
+from vision_attn.mllm.reading import Reading, Source, replace
 
 
 class Branch:
@@ -90,8 +90,8 @@ class Branches:
         engine = self.engine
         for name in ("get_image_features", "get_video_features"):
             if hasattr(engine.base, name):
-                undo.append(_replace(engine.base, name, functools.partial(self._encode, name)))
-        undo.append(_replace(speaker(engine), "_get_logits_processor", self._processors))
+                undo.append(replace(engine.base, name, functools.partial(self._encode, name)))
+        undo.append(replace(speaker(engine), "_get_logits_processor", self._processors))
         layers = engine.model.get_decoder().layers
         for number in self.method.early(len(layers), engine.model):
             engine.before(layers[number], functools.partial(self._see_layer, number))
@@ -196,19 +196,3 @@ def aside(engine: Any, reading: Reading, lender: Any) -> Iterator[None]:
         vars(engine).update(before)
         if hasattr(engine.base, "rope_deltas"):
             engine.base.rope_deltas = offset
-
-
-def _replace(owner: Any, name: str, wrapper: Callable) -> Callable[[], None]:
-    """Put `wrapper(plain, ...)` in the place of a method of an instance; returns what undoes it."""
-    plain = getattr(owner, name)
-    had, own = name in vars(owner), vars(owner).get(name)
-    # `generate` reads the signature to know which inputs were used, and `wraps` keeps it.
-    vars(owner)[name] = functools.wraps(plain)(functools.partial(wrapper, plain))
-
-    def undo() -> None:
-        if had:
-            vars(owner)[name] = own
-        else:
-            vars(owner).pop(name, None)
-
-    return undo

@@ -14,6 +14,7 @@ from vision_attn.mllm.tokens import Tokens, take, take_positions
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "inputs_embeds")  # arguments with one entry per token
+Change = Callable[[str, dict[str, Any]], dict[str, Any]]  # name of a function, its arguments -> other arguments
 STATE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position")
 
 
@@ -37,11 +38,11 @@ class Source:
         kinds = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
         return functools.reduce(torch.logical_or, [ids == kind for kind in kinds if kind is not None])
 
-    def encode(self, change: Callable[[str, dict[str, Any]], dict[str, Any]], watched: bool) -> dict[str, Any]:
+    def encode(self, change: Change, watched: bool = False) -> dict[str, Any]:
         """Encode the images again with changed arguments: modality -> output of the vision tower, for every sample.
 
         Args:
-            change: `(name of the function, its arguments) -> arguments`.
+            change: what to encode.
             watched: methods that look into the tower see this too.
         """
         if not self.calls:
@@ -122,27 +123,59 @@ class Reading:
         given = {name: value for name, value in words.given.items() if name != "mm_encoder_outputs"}
         return dataclasses.replace(words, positions=numbers.expand(words.positions.shape), given=given)
 
-    def with_images(self, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Reading:
-        """Images encoded again; `change(name of the function, its arguments) -> arguments`."""
+    def with_images(self, change: Change, prune: bool = True) -> Reading:
+        """Images encoded again from other arguments; without `prune` methods that drop tokens leave them alone."""
         engine, repeats = self.source.engine, self.source.repeats
-        found = self.source.encode(change, watched=engine.lender is None)
+        found = self.source.encode(change, watched=prune and engine.lender is None)
         if "inputs_embeds" in self.given:
             made = torch.cat(list(found["image"].pooler_output)).unflatten(0, (len(self.ids) // repeats, -1))
             embeds = self.given["inputs_embeds"]
             places = self.tokens.visual[..., None].expand_as(embeds)
             embeds = embeds.masked_scatter(places, made.repeat_interleave(repeats, 0).to(embeds.dtype))
-            return dataclasses.replace(self, given={**self.given, "inputs_embeds": embeds})
+            return dataclasses.replace(self, given={**self.given, "inputs_embeds": embeds}, prune=prune)
         if repeats > 1:
             found = engine.model._expand_multimodal_outputs(self.ids[::repeats], found, repeats)
-        return dataclasses.replace(self, given={**self.given, "mm_encoder_outputs": found})
+        return dataclasses.replace(self, given={**self.given, "mm_encoder_outputs": found}, prune=prune)
+
+    def with_fewer(self, found: dict[str, Any], spans: list[tuple[int, torch.Tensor]]) -> Reading:
+        """Fewer tokens of every image.
+
+        Args:
+            found: the encoded images, those that stay.
+            spans: for every image of the batch, or tile, in the order of the prompt: its tokens so far, and which of
+                them stay, long, in their new order. Where positions count rows and columns each keeps its own.
+        """
+        engine, repeats = self.source.engine, self.source.repeats
+        visual = self.tokens.visual[::repeats]
+        rows, places = visual.nonzero(as_tuple=True)
+        if sum(tokens for tokens, _ in spans) != len(rows):
+            raise AttachError(
+                f"the prompts have {len(rows)} tokens of images, and the images have {sum(n for n, _ in spans)}; give "
+                "the images with the prompt, as the processor does"
+            )
+        keep = ~visual
+        source = torch.arange(visual.shape[1], device=visual.device).repeat(len(visual), 1)
+        at = 0
+        for tokens, order in spans:
+            row, place = int(rows[at]), places[at : at + tokens]
+            keep[row, place[: len(order)]] = True
+            source[row, place[: len(order)]] = place[order]
+            at += tokens
+        shorter, index = self._kept(keep.repeat_interleave(repeats, 0))
+        positions = shorter.tokens.valid.long().cumsum(1).sub(1).clamp(min=0)
+        if self.positions.ndim == 3:
+            positions = take_positions(self.positions, source.repeat_interleave(repeats, 0).gather(1, index))
+        if repeats > 1:
+            found = engine.model._expand_multimodal_outputs(shorter.ids[::repeats], found, repeats)
+        given = {**shorter.given, "mm_encoder_outputs": found}
+        return dataclasses.replace(shorter, positions=positions, given=given, prune=False)
 
     def with_pixels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Reading:
         """Other pixels; `change` gets the tensor that the processor made, of all images or videos of the batch."""
 
-        def changed(name: str, call: dict[str, Any]) -> dict[str, Any]:
-            return {key: change(value) if key in PIXELS else value for key, value in call.items()}
-
-        return self.with_images(changed)
+        return self.with_images(
+            lambda name, call: {key: change(value) if key in PIXELS else value for key, value in call.items()}
+        )
 
     def with_words(self, words: torch.Tensor) -> Reading:
         """More words, long `[n]`, right after the last image of every row and the tokens that close it."""
@@ -184,3 +217,19 @@ class Reading:
 
 def _insert(row: torch.Tensor, at: int, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[:at], new.to(row.dtype), row[at:]])
+
+
+def replace(owner: Any, name: str, wrapper: Callable) -> Callable[[], None]:
+    """Put `wrapper(plain, ...)` in the place of a method of an instance; returns what undoes it."""
+    plain = getattr(owner, name)
+    had, own = name in vars(owner), vars(owner).get(name)
+    # `generate` reads the signature to know which inputs were used, and `wraps` keeps it.
+    vars(owner)[name] = functools.wraps(plain)(functools.partial(wrapper, plain))
+
+    def undo() -> None:
+        if had:
+            vars(owner)[name] = own
+        else:
+            vars(owner).pop(name, None)
+
+    return undo

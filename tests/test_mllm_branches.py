@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -18,6 +19,7 @@ from vlm_models import IMAGE, PRUNED, VLM, VLMS, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
+from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
@@ -48,7 +50,10 @@ def split(vlm: VLM, rows: list[Any], batch: dict[str, Any]) -> Prompts:
 def read(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:
     """Logits `[tokens of the answer, vocabulary]` of the stock model before each of them."""
     prompt, ids = dict(prompt), prompt["input_ids"]
-    if "qformer_input_ids" in prompt:  # generate() of InstructBLIP hands embeddings to its text model
+    if "inputs_embeds" in prompt:
+        del prompt["input_ids"]
+        model = getattr(model, "language_model", model) if hasattr(model, "qformer") else model
+    elif "qformer_input_ids" in prompt:  # generate() of InstructBLIP hands embeddings to its text model
         made = model.get_image_features(
             prompt["pixel_values"], prompt["qformer_input_ids"], prompt["qformer_attention_mask"]
         ).pooler_output
@@ -63,7 +68,8 @@ def read(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tensor) -
             model.model.rope_deltas = None
     cache = DynamicCache(config=model.config.get_text_config())
     logits = [model(**prompt, past_key_values=cache, use_cache=True).logits[:, -1]]
-    place = ids.shape[1] + (type(model).__name__.startswith("PaliGemma"))  # by the prompt, also where it was pruned
+    place = prompt["inputs_embeds"].shape[1] if "inputs_embeds" in prompt else ids.shape[1]  # also where it was pruned
+    place += type(model).__name__.startswith("PaliGemma")
     offset = getattr(model.base_model, "rope_deltas", None)
     for i, token in enumerate(answer[:-1]):
         at = torch.tensor([[place + i]])
@@ -351,3 +357,119 @@ def fail_late(module: Any, args: tuple) -> None:
     module.calls = getattr(module, "calls", 0) + 1
     if module.calls == 2:
         raise RuntimeError("boom")
+
+
+def looked_at(model: torch.nn.Module, pixels: torch.Tensor, layer: int, cls: bool) -> tuple[Any, torch.Tensor]:
+    """The output of the vision tower, and by full maps the attention of its patches, `[heads, tiles, patches]`."""
+    tower = next(
+        getattr(model.base_model, name) for name in ("vision_tower", "vision_model") if hasattr(model.base_model, name)
+    )
+    before = tower.config._attn_implementation
+    tower.config._attn_implementation = "eager"
+    out = tower(pixels, output_attentions=True, output_hidden_states=True)
+    tower.config._attn_implementation = before
+    maps = out.attentions[layer].transpose(0, 1)
+    return out, maps[:, :, 0, 1:] if cls else maps.mean(2)
+
+
+def patches_of(vlm: VLM, rows: list[Any], batch: dict[str, Any], model: torch.nn.Module, k: int) -> Prompts:
+    """Prompts of embeddings, with the patches that are looked at most in the place of images."""
+    base, prompts = model.base_model, []
+    for prompt in split(vlm, rows, batch):
+        ids, cls = prompt["input_ids"], vlm.tower == "cls"
+        if "pixel_values" not in prompt:
+            prompts.append(prompt)
+            continue
+        pixels = prompt["pixel_values"].flatten(0, -4)
+        layer = -1 if vlm.name == "InternVL" or not cls else -2
+        out, maps = looked_at(model, pixels, layer, cls)
+        best = maps.mean(0).argsort(dim=-1, descending=True)[:, :k]
+        if vlm.name == "InstructBlip":
+            states = out[0][:, 1:][0][best]
+            made = hf_qformer(model, states, prompt)
+        elif vlm.name == "Idefics3":  # a token is a square of four patches
+            scores = maps.mean(0).view(-1, 3, 2, 3, 2).mean((2, 4)).flatten(1)
+            best = scores.argsort(dim=-1, descending=True)[:, :k]
+            made = base.connector(out.last_hidden_state)
+            made = torch.stack([image[order] for image, order in zip(made, best, strict=True)])
+        else:
+            states = out.hidden_states[layer][:, 1:] if cls else out.hidden_states[layer]
+            states = torch.stack([image[order] for image, order in zip(states, best, strict=True)])
+            made = base.multi_modal_projector(states)
+            if vlm.name in ("LlavaNext", "LlavaOnevision"):
+                made = torch.cat([made, base.image_newline.expand(len(made), 1, -1)], 1)
+                made = made.unflatten(0, (rows[len(prompts)].count("image"), -1)).flatten(1, 2)
+        parts, image = [], 0
+        embeds = model.get_input_embeddings()(ids)[0]
+        for place in range(ids.shape[1]):
+            if ids[0, place] != IMAGE:
+                parts.append(embeds[place : place + 1])
+            elif ids[0, place - 1] != IMAGE:
+                parts.append(made[image])
+                image += 1
+        prompts.append({"input_ids": ids, "inputs_embeds": torch.cat(parts)[None]})
+    return prompts
+
+
+def hf_qformer(model: torch.nn.Module, states: torch.Tensor, prompt: dict[str, Any]) -> torch.Tensor:
+    """What the Q-Former of InstructBLIP makes of `states` `[1, patches, width]`."""
+    queries = model.query_tokens
+    mask = torch.cat([torch.ones(queries.shape[:2], dtype=torch.long), prompt["qformer_attention_mask"]], 1)
+    out = model.qformer(
+        input_ids=prompt["qformer_input_ids"], attention_mask=mask, query_embeds=queries, encoder_hidden_states=states
+    )[0]
+    return model.language_projection(out[:, : queries.shape[1]])
+
+
+@pytest.mark.parametrize("family", ["Llava", "LlavaNext", "LlavaOnevision", "Idefics3", "InstructBlip"])
+def test_damro(family: str):
+    vlm = VLMS[family]
+    model, rows, k = vlm.build(), rows_of(vlm), 3
+    for name, weight in model.named_parameters():
+        if "patch_embedding" in name or "position_embedding" in name:  # patches that differ
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    batch = vlm.inputs(rows)
+    method = DAMRO(k=k, alpha=1.0, proxy=None if vlm.tower == "cls" else "received")
+    with attach(model, Third(keep=0.4), method) if family == "Llava" else attach(model, method):
+        answers, scores = scored(model, batch)
+    others = patches_of(vlm, rows, batch, model, k)
+    for i, prompt in enumerate(split(vlm, rows, batch)):
+        with attach(model, Third(keep=0.4)) if family == "Llava" else contextlib.nullcontext():
+            z = read(model, prompt, answers[i])
+        wanted = z
+        if "image" in rows[i]:
+            u = read(model, others[i], answers[i])
+            assert (z - u).abs().max() > 0.1
+            wanted = torch.stack([contrast(*both, 0) for both in zip(z, u, strict=True)])
+        torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
+
+
+def test_damro_with_merged_heads():
+    """One softmax over the whole width ranks otherwise than the mean over heads."""
+    vlm = VLMS["Llava"]
+    model = vlm.build()
+    batch = single(vlm, [[3, "image", 4]], 0)
+    tower, found = model.model.vision_tower, {}
+    states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-3]
+    layer = tower.encoder.layers[-2] if hasattr(tower, "encoder") else tower.vision_model.encoder.layers[-2]
+    x = layer.layer_norm1(states[0])
+    one = (layer.self_attn.k_proj(x) @ layer.self_attn.q_proj(x[0]) / x.shape[1] ** 0.5).softmax(0)[1:]
+    order = one.argsort(descending=True)[:3]
+    features = model.model.get_image_features(batch["pixel_values"]).pooler_output[0][order]
+    for reduce in ("merged", "mean"):
+        seen = []
+        with attach(model, DAMRO(k=3, head_reduce=reduce)):
+            handle = model.model.language_model.register_forward_pre_hook(
+                lambda module, args, kwargs, seen=seen: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+            )
+            scored(model, batch, tokens=1)
+            handle.remove()
+        found[reduce] = torch.allclose(seen[1][4:7], features, atol=1e-5)
+    assert found == {"merged": True, "mean": False}
+    with pytest.raises(ValueError, match="has none; DAMRO\\(proxy='received'\\)"):
+        attach(VLMS["Gemma3"].build(), DAMRO())
+    with attach(model, DAMRO(k=37)), pytest.raises(ValueError, match="the image has 36 tokens"):
+        scored(model, batch)
+    for bad in (dict(k=0), dict(k=True), dict(head_reduce="max"), dict(proxy="given")):
+        with pytest.raises(ValueError, match="DAMRO"):
+            DAMRO(**bad)
