@@ -26,6 +26,7 @@ _PUBLIC = {
     "attention_flow": "flow",
     "points": "regions",
     "CARVE": "carve",
+    "DAMRO": "methods.damro",
     "FasterVLM": "methods.fastervlm",
     "FastV": "methods.fastv",
     "fit_exit": "exits",

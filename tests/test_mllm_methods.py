@@ -75,6 +75,9 @@ METHODS: dict[str, Entry] = {
     "task-kv": Entry(lambda vlm: mllm.TaskKV(sink=2, recent=6, middle=2), SEVERAL_HEADS, first=False),
     "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
     "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
+    "damro": Entry(
+        lambda vlm: mllm.DAMRO(k=3, alpha=9.0, beta=0, proxy=None if vlm.tower == "cls" else "received"), first=False
+    ),
     "m3id": Entry(lambda vlm: mllm.M3ID(decay=2.0, beta=0), first=False),
     "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
 }
