@@ -7,11 +7,14 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method
+import torch
+
+from vision_attn.mllm.image import Layer
+from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method, top
 from vision_attn.mllm.registry import make, methods
 
 if TYPE_CHECKING:
-    from vision_attn.mllm.exam import Student
+    from vision_attn.mllm.exam import Exam, Student
 
 GREEDY, THRESHOLD, BLIND = "greedy", "tuned yes-threshold", "blind rule"
 RANDOM = "RandomPrune"
@@ -50,17 +53,126 @@ class Row:
 BASELINES = [Row(GREEDY, kind="baseline"), Row(THRESHOLD, kind="baseline"), Row(BLIND, kind="baseline")]
 
 
+@dataclasses.dataclass(frozen=True)
+class RandomLayer(LayerPrune):
+    """The control of methods that drop tokens at one layer: as many, chosen blindly, for every row of a batch anew."""
+
+    keep: float = KEEP
+    layer: int = 2
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def select(self, layer: Layer, notes: dict[str, Any]) -> torch.Tensor:
+        visual = layer.tokens.visual
+        return top(_blindly(visual.shape), visual, [round(self.keep * n) for n in visual.sum(1).tolist()])
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCache(CachePrune):
+    """The control of methods that shorten the cache of every head: as many tokens, chosen blindly in every layer."""
+
+    keep: float = KEEP
+
+    def select(self, layer: Layer) -> torch.Tensor:
+        visual, heads = layer.tokens.visual, layer.cached[0].shape[1]
+        counts = [round(self.keep * n) for n in visual.sum(1).tolist()]
+        kept = [top(_blindly(visual.shape, layer.number, head), visual, counts) for head in range(heads)]
+        return torch.stack(kept, 1)
+
+
+def _blindly(shape: torch.Size, *seeds: int) -> torch.Tensor:
+    seed = sum(1000**power * seed for power, seed in enumerate(seeds))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def _streaming(student: Student) -> tuple[Method, ...]:
     from vision_attn.mllm.methods.streamingheads import StreamingHeads
 
     return (StreamingHeads.identify(student.model, induction=0.3, sink=2, recent=8),)
 
 
+def _searched(student: Student) -> tuple[Method, ...]:
+    """G-Search on pictures that are in no exam; the score is the accuracy over the questions of all splits."""
+    from vision_attn.mllm.schedules import search_schedule
+
+    drawn = _practice(student, 30)
+
+    def score(model: Any) -> float:
+        said = student.answer(drawn)[0]
+        return sum(yes == q.label for yes, q in zip(said, drawn.questions, strict=True)) / len(said)
+
+    return (search_schedule(student.model, score, tokens=(student.tokens, 12), steps=8).schedule,)
+
+
+def _routed(student: Student) -> tuple[Method, ...]:
+    """Routers fitted to questions and captions of pictures that are in no exam, with the model's own answers."""
+    from vision_attn.mllm import tiny
+    from vision_attn.mllm.exits import fit_exit
+
+    drawn = _practice(student, 30)
+    texts = [(question.image, f"is there a {question.object} in the image ?") for question in drawn.questions[::3]]
+    texts += [(image, tiny.DESCRIBE) for image in range(len(drawn.pictures))]
+    samples = []
+    for image, text in texts:
+        inputs = student.inputs([drawn.pictures[image]], [text])
+        ids = student.generate(inputs, 48)
+        labels = ids.clone()
+        labels[:, : inputs["input_ids"].shape[1]] = -100
+        samples.append((inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels))
+    return (fit_exit(student.model, samples, hidden=64, rank=16).method,)
+
+
+def _practice(student: Student, images: int) -> Exam:
+    from vision_attn.mllm.exam import exam
+
+    return exam(images, seed=3000, cell=student.cell)
+
+
+def _disturbed(student: Student) -> tuple[Method, ...]:
+    from vision_attn.mllm.methods.icd import ICD
+
+    return (ICD(tuple(student.words(ICD.INSTRUCTION.lower(), add_special_tokens=False).input_ids)),)
+
+
+def _at_layer(label: str, method: str) -> Row:
+    return Row(label, {method: {"keep": KEEP}}, "prune", BLIND_LAYER)
+
+
+def _staged(label: str, method: str) -> Row:
+    return Row(label, {method: {"keep": (0.5, 0.25, 0.125), "layers": (1, 2, 3)}}, "prune")
+
+
+BLIND_LAYER, BLIND_CACHE = "random at layer 2", "random in the cache"
 # Rows of a method, where it has not one row with its own defaults and `keep` of all.
 OWN: dict[str, list[Row]] = {
+    "fastv": [_at_layer("FastV", "fastv")],
+    "dart": [_at_layer("DART", "dart")],
+    "pyramid-drop": [_staged("PyramidDrop", "pyramid-drop")],
+    "sparsevlm": [_staged("SparseVLM", "sparsevlm")],
+    "schedule": [
+        Row("TokenSchedule, halved by every layer", {"schedule": {"keep": (1.0, 0.5, 0.25, 0.125)}}, "prune"),
+        Row("TokenSchedule, G-Search", {"schedule": {}}, "prune", prepare=_searched),
+    ],
+    "visual-exit": [
+        Row("VisualExit, fixed", {"visual-exit": {}}, "prune"),
+        Row("VisualExit, attention", {"visual-exit": {"rule": "attention"}}, "prune"),
+        Row("VisualExit, routers", {"visual-exit": {"rule": "router"}}, "prune", prepare=_routed),
+    ],
+    "kvprune": [Row("KVPrune", {"kvprune": {"keep": KEEP, "rows": 8}}, "prune", BLIND_CACHE)],
     "streaming-heads": [Row("StreamingHeads, identified", {"streaming-heads": {}}, "prune", prepare=_streaming)],
     "task-kv": [Row("TaskKV", {"task-kv": {"recent": 8, "middle": 8}}, "prune")],
+    "zipvl": [
+        Row("ZipVL, drop", {"zipvl": {"recent": 8, "probes": 16}}, "prune"),
+        Row("ZipVL, quantize", {"zipvl": {"recent": 8, "probes": 16, "mode": "quantize"}}, "prune"),
+    ],
+    "icd": [Row("ICD, in words it does not know", {"icd": {}}, prepare=_disturbed)],
+    "zerotuning": [Row(f"ZeroTuning, gamma {gamma}", {"zerotuning": {"gamma": gamma}}) for gamma in (0.5, 2.0)],
 }
+CONTROLS = [
+    Row(BLIND_LAYER, kind="prune", prepare=lambda student: (RandomLayer(),)),
+    Row(BLIND_CACHE, kind="prune", prepare=lambda student: (RandomCache(),)),
+]
 BOTH: list[Row] = []
 # Methods of the registry without a row, and why.
 LEFT_OUT: dict[str, str] = {}
@@ -71,13 +183,13 @@ def rows() -> list[Row]:
     """All rows: baselines, every method of the registry, and methods together."""
     found = []
     for name, cls in methods().items():
-        prunes = issubclass(cls, (InputPrune, LayerPrune, CachePrune))
-        keeps = any(field.name == "keep" for field in dataclasses.fields(cls))
-        options = {"keep": KEEP} if prunes and keeps else {}
-        control = RANDOM if options and cls.__name__ != RANDOM else ""
+        prunes, input_prunes = issubclass(cls, (InputPrune, LayerPrune, CachePrune)), issubclass(cls, InputPrune)
+        options = {"keep": KEEP} if input_prunes else {}
+        control = RANDOM if input_prunes and cls.__name__ != RANDOM else ""
         own = Row(cls.__name__, {name: options}, "prune" if prunes else "steer", control)
         found += OWN.get(name, [] if name in LEFT_OUT else [own])
-    found.sort(key=lambda row: (row.kind != "prune", row.name != RANDOM, row.name != "UniformPrune"))
+    first = (RANDOM, "UniformPrune", BLIND_LAYER, BLIND_CACHE)
+    found = sorted([*CONTROLS, *found], key=lambda row: (row.kind != "prune", row.name not in first))
     return [*BASELINES, *found, *BOTH]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_attn.mllm.comparison import BLIND, GREEDY, KEEP, LEFT_OUT, RANDOM, THRESHOLD, Row, rows
+from vision_attn.mllm.comparison import BLIND, GREEDY, KEEP, LEFT_OUT, THRESHOLD, Row, rows
 from vision_attn.mllm.evaluate import Cache, fingerprint, load
 from vision_attn.mllm.exam import CHAIR, Exam, blind
 from vision_attn.mllm.mentions import words_of
@@ -256,7 +256,7 @@ def _rows(shown: list[dict[str, Any]], mine: list[dict[str, Any]], most: int) ->
             cells.append(_cost(name, one, greedy))
         cells += [_words(one, "against greedy")]
         control = _words(one, "against control")
-        cells += [f"{one['control']}: {control}" if control and one["control"] != RANDOM else control]
+        cells += [f"{one['control']}: {control}" if control else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -283,10 +283,12 @@ def _no_help(mine: list[dict[str, Any]]) -> str:
     if steered:
         useless = [one["row"] for one in steered if not one["against greedy"]["better"]]
         lines.append(f"Better than greedy decoding in nothing that is judged: {'; '.join(useless) or 'none'}.")
-    pruned = [one for one in mine if one["control"] == RANDOM and "against control" in one]
+    pruned = [one for one in mine if one["kind"] == "prune" and "against control" in one]
     if pruned:
         useless = [one["row"] for one in pruned if not one["against control"]["better"]]
-        lines.append(f"Better than tokens at random in nothing that is judged: {'; '.join(useless) or 'none'}.")
+        lines.append(
+            f"Better than its control, tokens at random, in nothing that is judged: {'; '.join(useless) or 'none'}."
+        )
     return "\n\n".join(lines) + "\n"
 
 

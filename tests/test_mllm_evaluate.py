@@ -174,6 +174,20 @@ def test_cost_is_counted_from_what_ran(student, drawn):
     assert branch["flops"] == 2 * plain["flops"] and branch["cache"] == 2 * plain["cache"]
 
 
+def test_blind_controls_keep_as_many(student, drawn):
+    length = student.inputs(drawn.pictures[:1], [tiny.DESCRIBE])["input_ids"].shape[1]
+    for method, shorter in ((comparison.RandomLayer(), (0, 0, 48, 48)), (comparison.RandomCache(), (48,) * 4)):
+        inputs = student.inputs(drawn.pictures[:2], [tiny.DESCRIBE] * 2)
+        with attach(student.model, method) as run:
+            cache = student.generate(inputs, 1, return_dict_in_generate=True).past_key_values
+            prompt = run.engine.current
+        assert [layer.get_seq_length() for layer in cache.layers] == [length - less for less in shorter]
+        visual = prompt.cached[3].visual
+        assert (visual.sum(-1) == 16).all()
+        columns = prompt.cached[3].column.expand(visual.shape)[visual].view(-1, 16)
+        assert len({tuple(row) for row in columns.tolist()}) == len(columns)  # rows and heads draw their own
+
+
 def test_margins_are_taken_before_tokens_are_ruled_out(student, drawn):
     row = comparison.Row("VCD", prepare=lambda student: (VCD(beta=1.0, alpha=0.5),))
     record = evaluate.take(student, row, SMALL)
