@@ -40,6 +40,7 @@ _PUBLIC = {
     "ICD": "methods.icd",
     "KVPrune": "methods.kvprune",
     "M3ID": "methods.m3id",
+    "PAI": "methods.pai",
     "RandomPrune": "methods.baselines",
     "StreamingHeads": "methods.streamingheads",
     "TaskKV": "methods.taskkv",

@@ -25,6 +25,7 @@ from vision_attn.mllm.families import Family
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
 from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
 from vision_attn.mllm.selection import choose, watch_for
+from vision_attn.mllm.steering import RowEdit, edit_rows
 from vision_attn.mllm.tokens import Tokens, later_mask, real_tokens, same_visual, shorten, take, take_positions
 from vision_attn.mllm.towers import TowerWatch
 
@@ -44,10 +45,11 @@ class Prompt:
         visual: visual tokens of each row before anything was dropped.
         seconds: host time spent on choosing what stays.
         asked: bool `[batch, length]`, the visual tokens before anything was dropped.
+        real: bool `[batch, length]`, what is no padding.
         stored: layer -> bool `[batch, kv_heads, n]`, which of `tokens` its shortened cache holds.
         remade: features were changed where tokens were dropped.
         later: tokens after the prompt in the cache, those of the running call included.
-        notes: id of a method -> what it keeps as long as the prompt lives.
+        notes: id of a method -> what it keeps as long as the prompt lives; and what is kept for all of them, by name.
     """
 
     length: int
@@ -59,10 +61,11 @@ class Prompt:
     visual: list[int]
     seconds: float = 0.0
     asked: torch.Tensor | None = None
+    real: torch.Tensor | None = None
     stored: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     remade: bool = False
     later: int = 0
-    notes: dict[int, dict[Any, Any]] = dataclasses.field(default_factory=dict)
+    notes: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -78,6 +81,7 @@ class Engine:
         self.layer = next((m for m in methods if isinstance(m, LayerPrune)), None)
         self.cache = next((m for m in methods if isinstance(m, CachePrune)), None)
         self.around = [m for m in methods if isinstance(m, Around)]
+        self.rows = [m for m in methods if isinstance(m, RowEdit)]
         self.textual = any(m.text for m in self.around)  # prompts without images matter too
         self.visual_mask = visual_mask
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
@@ -111,9 +115,13 @@ class Engine:
         if self.layer is not None or self.cache is not None:
             Cuts(self).install()
         self.after(self.text, self._leave_text)
+        if self.text is not self.model.get_decoder():  # it generates by itself, from embeddings
+            self.before(self.model.get_input_embeddings(), self._see_ids)
         self.watch = None if self.input is None else watch_for(self.input, self.base, self.family)
         if self.watch is not None:
             self.watch.install(self._undo)
+        if self.rows:
+            edit_rows(self, self.rows, self._undo)
         if self.around:
             stand_around(self, self.around, self._undo)
         if self.contrast is not None:
@@ -156,6 +164,11 @@ class Engine:
                 "length], or call the model with input_ids"
             )
 
+    def _see_ids(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input"]
+        if ids.shape[1] > 1:
+            self.ids = ids
+
     def shows(self, kind: str) -> torch.Tensor:
         """Bool `[batch, length]`: where the ids of the prompt stand for an "image" or a "video"."""
         token = getattr(self.model.config, f"{kind}_token_id", None)
@@ -167,6 +180,8 @@ class Engine:
             visual = self.visual_mask
         else:
             visual = self.shows("image") | self.shows("video")
+            if shape[0] % len(visual) == 0:  # seen before it was repeated for beams
+                visual = visual.repeat_interleave(shape[0] // len(visual), 0)
         if visual is None or visual.shape != shape or shape[1] == 1 or not visual.any():
             return None
         return visual
@@ -206,7 +221,7 @@ class Engine:
         texts, images = valid.sum(1), tokens.visual.sum(1).tolist()
         prompt = Prompt(visual.shape[1], tokens, layers, list(layers), self.compact, texts, images)
         self.current = prompt
-        prompt.asked = visual
+        prompt.asked, prompt.real = visual, valid
         if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
             kwargs["position_ids"] = self._numbers(valid)
         if self.input is None:
@@ -284,7 +299,8 @@ class Engine:
 
     def _go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> None:
         """A later call with the cache of a prompt: generated tokens, or another turn."""
-        tokens, new = prompt.cached[0], kwargs["inputs_embeds"].shape[1]
+        embeds = kwargs.get("inputs_embeds")
+        tokens, new = prompt.cached[0], (kwargs["input_ids"] if embeds is None else embeds).shape[1]
         after = cache.get_seq_length() - tokens.valid.shape[1]  # tokens in the cache that followed the prompt
         positions = kwargs.get("position_ids")
         if positions is not None and new > 1:

@@ -79,6 +79,7 @@ METHODS: dict[str, Entry] = {
         lambda vlm: mllm.DAMRO(k=3, alpha=9.0, beta=0, proxy=None if vlm.tower == "cls" else "received"), first=False
     ),
     "m3id": Entry(lambda vlm: mllm.M3ID(decay=2.0, beta=0), first=False),
+    "pai": Entry(lambda vlm: mllm.PAI(alpha=0.8)),
     "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]

@@ -1,0 +1,71 @@
+"""PAI: more attention to the image, and less of what the words alone would say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from vision_attn.mllm.around import check_layers
+from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.reading import Reading
+from vision_attn.mllm.steering import RowEdit, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PAI(RowEdit, Contrast):
+    """Add `alpha |s|` to the scores `s` of visual tokens where the next token is made, and make that token by
+    `gamma (c - u) + u`, of log-probabilities with the image, `c`, and of the words alone, `u`.
+
+    The branch without the image takes its own pass of the text model for every token, and its attention is not edited.
+
+    Args:
+        alpha: at least 0; 0 leaves attention as it is.
+        gamma: at least 1; 1 makes no second branch.
+        layers: of the text model, from 0; None for all but the first two, as published.
+        beta: with a second branch, words less probable than this share of the best one are never said, 0 to 1.
+
+    Raises:
+        ValueError: a number outside of its range; a layer that is not there.
+
+    >>> PAI(alpha=0.5, gamma=1)
+    PAI(alpha=0.5, gamma=1, layers=None, beta=0.1)
+
+    Paper: Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs (ECCV 2024).
+    """
+
+    alpha: float = 0.2
+    gamma: float = 1.1
+    layers: tuple[int, ...] | None = None
+    beta: float = 0.1
+    name: ClassVar[str] = "pai"
+
+    def __post_init__(self) -> None:
+        for field, least, most in (("alpha", 0, math.inf), ("gamma", 1, math.inf), ("beta", 0, 1)):
+            value = getattr(self, field)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not good or not least <= value <= most:
+                allowed = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
+                raise ValueError(f"PAI({field}={value!r}): {field} is a finite number {allowed}")
+
+    def check(self, model: Any, family: Any) -> None:
+        self.where(len(model.get_decoder().layers))
+
+    def where(self, layers: int) -> tuple[int, ...]:
+        return tuple(range(2, layers)) if self.layers is None else check_layers("PAI", self.layers, layers)
+
+    def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows.image, s + self.alpha * s.abs(), s)
+
+    @property
+    def contrasts(self) -> bool:
+        return self.gamma != 1
+
+    def other(self, reading: Reading) -> Reading:
+        return reading.without_images()
+
+    def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        with_image, without = z.log_softmax(-1), step.other.log_softmax(-1)
+        return cut(self.gamma * (with_image - without) + without, with_image, self.beta)

@@ -1,0 +1,223 @@
+"""Steering: rows of attention are changed before or after the softmax, and heads are made louder.
+
+The kernel of the model computes every row. Methods that edit rows get the scores of those rows alone, recomputed from
+queries and keys, and what comes of them is put in place: the cost is that of the rows, never of a map of all pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from vision_attn.mllm.around import key_columns
+from vision_attn.mllm.interface import Compute, listen, switch
+from vision_attn.mllm.method import Method
+from vision_attn.mllm.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some last rows of one call of one attention layer.
+
+    Args:
+        layer: from 0.
+        prompt: what is known of the prompt.
+        reading: it is being read; otherwise what follows it.
+        columns: long `[batch, 1 or kv_heads, keys]`, which column of the padded prompt each key is; see `around.Call`.
+        heads: query heads.
+        edited: bool `[batch, 1, rows, 1]`: the rows that the method edits. What it makes of others is thrown away.
+        notes: the method's own, as long as the prompt lives.
+    """
+
+    layer: int
+    prompt: Any
+    reading: bool
+    columns: torch.Tensor
+    heads: int
+    edited: torch.Tensor
+    notes: dict[Any, Any]
+
+    def at_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, 1 or heads, 1, keys]` from `[batch, length]` over the columns of the prompt; 0 at other keys.
+
+        `x` must live as long as the prompt, as what is in `notes` does: the result is made once for all layers.
+        """
+        made = self.prompt.notes["step"]
+        key = id(self.columns), id(x)
+        if key not in made:
+            place = self.columns.clamp(0, x.shape[1] - 1)
+            found = x.gather(1, place.flatten(1)).view(place.shape)
+            found = found * ((self.columns >= 0) & (self.columns < x.shape[1]))
+            if found.shape[1] > 1:
+                found = found.repeat_interleave(self.heads // found.shape[1], 1)
+            made[key] = found[:, :, None]
+        return made[key]
+
+    @property
+    def image(self) -> torch.Tensor:
+        """Bool `[batch, 1 or heads, 1, keys]`: the visual keys."""
+        return self.at_keys(self.prompt.asked)
+
+    @property
+    def question(self) -> torch.Tensor:
+        """Bool `[batch, 1 or heads, 1, keys]`: the words of the prompt after its last image."""
+        return self.at_keys(question(self.prompt))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEdit(Method):
+    """Changes rows of attention: those of all tokens after the prompt, and while it is read the last one, or those of
+    all words after the last image.
+
+    Several of them see the same rows: all change the scores, in the order given, and then all the weights. They are
+    silent while a second branch runs, and rows of a batch without an image stay as they are.
+    """
+
+    looks: ClassVar[bool] = False  # `enter` wants the residual stream
+
+    def where(self, layers: int) -> tuple[int, ...]:
+        """The layers, of so many, whose rows it wants."""
+        raise NotImplementedError
+
+    def whole(self, layer: int, layers: int) -> bool:
+        """In this layer, of so many, it wants the rows of all words after the last image while the prompt is read, and
+        the one before them, which is not `edited`."""
+        return False
+
+    def enter(self, layer: int, hidden: torch.Tensor, tokens: Tokens, notes: dict[Any, Any]) -> None:
+        """Look at what enters a layer while the prompt is read, `[batch, n, width]`."""
+
+    def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
+        """New scaled scores from those, float32 `[batch, heads, rows, keys]`; what is not seen is masked afterwards."""
+        return s
+
+    def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
+        """New weights from those after the softmax, float32 `[batch, heads, rows, keys]`, 0 where nothing is seen."""
+        return w
+
+
+def question(prompt: Any) -> torch.Tensor:
+    """Bool `[batch, length]`: the words after the last image of each row; nothing in rows without one."""
+    if "question" not in prompt.notes:
+        place = torch.arange(1, prompt.length + 1, device=prompt.asked.device)
+        last = (prompt.asked * place).amax(1, keepdim=True)
+        prompt.notes["question"] = prompt.real & (place > last) & (last > 0)
+    return prompt.notes["question"]
+
+
+def edit_rows(engine: Any, methods: list[RowEdit], undo: list[Callable[[], None]]) -> None:
+    """Put row edits into the attention of the text model."""
+    undo.append(switch(engine.config))
+    layers = engine.model.get_decoder().layers
+    for number, layer in enumerate(layers):
+        group = [method for method in methods if number in method.where(len(layers))]
+        if not group:
+            continue
+        wholes = [method.whole(number, len(layers)) for method in group]
+        undo.append(listen(layer.self_attn, functools.partial(_edit, engine, number, group, wholes)))
+        if any(method.looks for method in group):
+            engine.before(layer, functools.partial(_enter, engine, number, group))
+
+
+def _enter(engine: Any, number: int, methods: list[RowEdit], module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    prompt = engine.current
+    if prompt is None or not engine.reading or engine.branching:
+        return
+    hidden = args[0] if args else kwargs["hidden_states"]
+    for method in methods:
+        if method.looks:
+            method.enter(number, hidden, prompt.tokens[number], prompt.notes.setdefault(id(method), {}))
+
+
+def _edit(
+    engine: Any, layer: int, methods: list[RowEdit], wholes: list[bool],
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, compute: Compute,
+) -> torch.Tensor:  # fmt: skip
+    prompt = engine.current
+    if prompt is None or engine.branching or not any(prompt.visual):
+        return compute(q, k, v, mask)
+    reading, queries, pictured = engine.reading, q.shape[2], all(prompt.visual)
+    count, asking = queries, None
+    if reading:
+        count = 1
+        if any(wholes):
+            column = prompt.tokens[layer].column
+            asking = question(prompt).gather(1, column) & prompt.tokens[layer].valid
+            count = min(queries - int(asking.int().argmax(1)[asking.any(1)].min()) + 1, queries) if asking.any() else 1
+            asking = asking[:, queries - count :, None]
+    one = prompt.notes.setdefault("edited", {})
+    if count not in one:  # the last row, or all rows of a later call, of samples with an image
+        pictures = torch.tensor(prompt.visual, device=q.device) > 0
+        last = torch.arange(count, device=q.device) >= (count - 1 if reading else 0)
+        one[count] = (pictures[:, None] & last)[:, None, :, None]
+    edited = [asking[:, None] | one[count] if whole and asking is not None else one[count] for whole in wholes]
+    columns = _columns(prompt, layer, k.shape[2], reading)
+    rows = [
+        Rows(layer, prompt, reading, columns, q.shape[1], own, prompt.notes.setdefault(id(method), {}))
+        for method, own in zip(methods, edited, strict=True)
+    ]
+    every = count == 1 and pictured
+    s = row_scores(q[:, :, queries - count :], k, scale)
+    for method, own in zip(methods, rows, strict=True):
+        s = _put(own, every, s, method.scores(own, s))
+    w = hide(s, mask, queries).softmax(-1)
+    if count > 1:
+        w = w.nan_to_num()  # rows of padding see nothing
+    for method, own in zip(methods, rows, strict=True):
+        w = _put(own, every, w, method.weights(own, w))
+    new = row_values(w.to(v.dtype), v).transpose(1, 2)
+    if every and queries == 1:
+        return new
+    out = compute(q, k, v, mask)
+    old = out[:, queries - count :]
+    keep = functools.reduce(torch.logical_or, edited).transpose(1, 2)
+    return torch.cat([out[:, : queries - count], torch.where(keep, new.to(out.dtype), old)], 1)
+
+
+def _put(rows: Rows, every: bool, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return new if every or new is old else torch.where(rows.edited, new, old)
+
+
+def _columns(prompt: Any, layer: int, keys: int, reading: bool) -> torch.Tensor:
+    """`key_columns`, once per call of the text model for all layers with the same tokens."""
+    step = prompt.notes.get("step")
+    if step is None or step["at"] != (reading, prompt.later):
+        step = prompt.notes["step"] = {"at": (reading, prompt.later)}
+    tokens = prompt.tokens[layer] if reading else prompt.cached[layer]
+    key = id(tokens), "keys", keys
+    if key not in step:
+        step[key] = key_columns(prompt, layer, keys, reading)
+    return step[key]
+
+
+def row_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 `[batch, heads, rows, keys]`, without repeating the keys of grouped heads."""
+    batch, heads, rows, width = q.shape
+    grouped = (q.float() * scale).reshape(batch, k.shape[1], -1, width)
+    return (grouped @ k.float().mT).view(batch, heads, rows, -1)
+
+
+def row_values(w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`[batch, heads, rows, head_dim]`."""
+    batch, heads, rows, keys = w.shape
+    return (w.reshape(batch, v.shape[1], -1, keys) @ v).view(batch, heads, rows, -1)
+
+
+def hide(s: torch.Tensor, mask: Any, queries: int) -> torch.Tensor:
+    """Scores `[batch, heads, rows, keys]` of the last rows of so many queries, with the mask that attention gets.
+
+    No mask means causal while a prompt is read, where a static cache has more keys than there are queries, and that all
+    is seen by a single query.
+    """
+    count, keys = s.shape[2:]
+    if mask is None or mask.ndim == 2:
+        if queries > 1:
+            place = torch.arange(keys, device=s.device)
+            s = s.masked_fill(place > place[queries - count : queries, None], -torch.inf)
+        return s if mask is None else s.masked_fill(~mask[:, None, None, :keys].bool(), -torch.inf)
+    mask = mask[:, :, queries - count : queries, :keys]
+    return s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
