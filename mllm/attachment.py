@@ -92,6 +92,12 @@ def attach(
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}; got {positions!r}")
     family = family_of(model)
+    drops = [type(method).__name__ for method in methods if isinstance(method, (InputPrune, LayerPrune, CachePrune))]
+    if drops and not family.prune:
+        raise ValueError(
+            f"{drops[0]} drops visual tokens, and {family.name} has a few learned ones for the whole image; attach "
+            "methods that steer"
+        )
     if positions == "compact" and family.mrope:
         raise ValueError(
             f"positions='compact' would destroy the rows and columns that {family.name} numbers its tokens by; use "

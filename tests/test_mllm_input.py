@@ -21,7 +21,9 @@ from vision_attn.mllm import (  # noqa: E402
     CDPruner,
     DivPrune,
     FasterVLM,
+    FastV,
     HoloV,
+    KVPrune,
     PruMerge,
     PruMergePlus,
     RandomPrune,
@@ -183,6 +185,12 @@ def test_the_class_token_among_the_features():
     assert probed(VLMS["InternVL"], [["image"]])[0].cls is None
 
 
+def test_a_model_whose_image_is_a_few_learned_tokens():
+    for method in (HoloV(), FastV(), KVPrune()):
+        with pytest.raises(ValueError, match="InstructBlipForConditionalGeneration has a few learned ones"):
+            attach(VLMS["InstructBlip"].build(), method)
+
+
 # Images, tiles and videos in a prompt
 
 
@@ -311,8 +319,8 @@ def test_vtccls_and_fastervlm():
         attach(VLMS["Llava"].build(), VTCCLS(start_layer=3))
 
 
-def holov(image: Image, keep: int, count: int, alpha: float, whole: bool) -> list[int]:
-    """HoloV by its formula, token by token; no crop is ever full."""
+def holov(image: Image, keep: int, count: int, alpha: float, whole: bool) -> tuple[list[int], list[float]]:
+    """HoloV by its formula, token by token, and what its crops are worth; no crop is ever full."""
     x, a = image.features.double(), image.attention[0].double()
     size, more = divmod(len(x), count)
     edges = [c * size + min(c, more) for c in range(count + 1)]
@@ -334,7 +342,7 @@ def holov(image: Image, keep: int, count: int, alpha: float, whole: bool) -> lis
     shares = [int(weight * keep) for weight in weights]
     for crop in sorted(range(count), key=lambda c: -weights[c])[: keep - sum(shares)]:
         shares[crop] += 1
-    return [i for crop, n in zip(crops, shares, strict=True) for i in [crop[j] for j in ordered(a[crop])[:n]]]
+    return [crop[j] for crop, n in zip(crops, shares, strict=True) for j in ordered(a[crop])[:n]], scores
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -342,8 +350,10 @@ def test_holov(seed: int):
     image = shown(61, seed)
     for whole in (False, True):
         for alpha in (0.09, 3.0):
-            order = holov(image, 15, 7, alpha, whole)
+            order, scores = holov(image, 15, 7, alpha, whole)
             options = dict(keep=15, segments=7, alpha=alpha, scale="global" if whole else "crop")
+            worth = HoloV(**options)._worth(image.features, image.attention[0], HoloV(**options)._crops(image, 15))
+            torch.testing.assert_close(worth, torch.tensor(scores).double(), atol=0, rtol=1e-5)
             assert HoloV(**options).select(image, 15).tolist() == sorted(order)
             places, features = HoloV(**options, order="official").select(image, 15)
             assert places.tolist() == sorted(order) and torch.equal(features, image.features[order])
