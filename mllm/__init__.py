@@ -56,6 +56,8 @@ _PUBLIC = {
     "VTCCLS": "methods.vtccls",
     "ZipVL": "methods.zipvl",
     "ZeroTuning": "methods.zerotuning",
+    "ACT": "methods.act",
+    "fit_act": "methods.act",
 }
 
 __all__ = list(_PUBLIC)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from vision_attn.mllm.grids import Grid
 from vision_attn.mllm.interface import Compute, listen, switch
 from vision_attn.mllm.method import Method
+from vision_attn.mllm.pictures import Pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Call:
         scale: of the scores.
         compute: `(q, k, v, mask) -> [batch, queries, heads, head_dim]`, what happens without the method.
         notes: the method's own, as long as the prompt lives.
+        views: of the pictures while the prompt is read, for methods that want `grids`.
     """
 
     layer: int
@@ -38,6 +41,7 @@ class Call:
     scale: float
     compute: Compute
     notes: dict[Any, Any]
+    views: Sequence[Grid] = ()
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, heads, rows, length]` over columns from `[batch, heads, rows, keys]`; 0 where there is no key."""
@@ -45,6 +49,12 @@ class Call:
         columns = self.columns.repeat_interleave(x.shape[1] // self.columns.shape[1], 1)
         index = columns.masked_fill(columns < 0, length)[:, :, None].expand(x.shape)
         return x.new_zeros(*x.shape[:-1], length + 1).scatter(-1, index, x)[..., :length]
+
+    def at_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, heads, rows, keys]` from `[batch, heads, rows, length]` over columns; 0 where there is no key."""
+        columns = self.columns.repeat_interleave(x.shape[1] // self.columns.shape[1], 1)[:, :, None]
+        index = columns.masked_fill((columns < 0) | (columns >= x.shape[-1]), x.shape[-1])
+        return F.pad(x, (0, 1)).gather(-1, index.expand(*x.shape[:-1], -1))
 
     def image(self) -> torch.Tensor:
         """Bool `[batch, 1, 1, length]` over columns: the visual tokens that are still there, in any head."""
@@ -58,6 +68,7 @@ class Around(Method):
     """Computes the attention of some layers in another way, for prompts with and without images."""
 
     text: ClassVar[bool] = True
+    grids: ClassVar[bool] = False  # it wants to know where the tokens lie in their pictures
 
     def where(self, layers: int) -> tuple[int, ...]:
         """The layers, of so many, that it stands around."""
@@ -73,6 +84,7 @@ def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], Non
     """Put methods around the attention of the text model. They are silent while a second branch runs."""
     undo.append(switch(engine.config))
     modules = [layer.self_attn for layer in engine.model.get_decoder().layers]
+    pictures = Pictures(engine, undo) if any(method.grids for method in methods) else None
 
     def attention(method: Around, layer: int, module: Any, q, k, v, mask, scale: float, compute: Compute):
         prompt = engine.current
@@ -80,7 +92,9 @@ def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], Non
             return compute(q, k, v, mask)
         columns = key_columns(prompt, layer, k.shape[2], engine.reading)
         notes = prompt.notes.setdefault(id(method), {})
-        return method.attend(Call(layer, prompt, engine.reading, columns, mask, scale, compute, notes), q, k, v)
+        views = pictures.views(prompt) if method.grids and engine.reading else ()
+        call = Call(layer, prompt, engine.reading, columns, mask, scale, compute, notes, views)
+        return method.attend(call, q, k, v)
 
     for method in methods:
         for layer in method.where(len(modules)):

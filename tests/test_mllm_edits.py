@@ -9,10 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import PRUNED, VLM, generate  # noqa: E402
+from vlm_models import PRUNED, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm.interface import listen, switch  # noqa: E402
+from vision_attn.mllm.methods import act  # noqa: E402
+from vision_attn.mllm.methods.act import ACT, fit_act  # noqa: E402
 from vision_attn.mllm.methods.zerotuning import ZeroTuning  # noqa: E402
 
 ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
@@ -26,13 +28,16 @@ def inference():
         yield
 
 
-def with_maps(model: Any, inputs: dict, edit: Callable[..., torch.Tensor], tokens: int = 4, **options: Any):
+def with_maps(
+    model: Any, inputs: dict, edit: Callable[..., torch.Tensor], run: Any = None, tokens: int = 4, **options: Any
+) -> torch.Tensor:
     """Logits of a generation in which `edit(layer, weights, scores, first, seen)` changes full maps.
 
     `weights` and `scores` are `[batch, heads, queries, keys]`, masked; `first` the key of the first real token of each
-    row, negative where a sliding window has left it; `seen` counts queries up to and with this call.
+    row, negative where a sliding window has left it; `seen` counts queries up to this call. `run` drops tokens.
     """
-    pads = (inputs["attention_mask"] == 0).sum(1)
+    beams = options.get("num_beams", 1)
+    padding = (inputs["attention_mask"] == 0).sum(1).repeat_interleave(beams)
     counts: dict[int, int] = {}
 
     def around(layer: int, module, q, k, v, mask, scale, compute):
@@ -41,9 +46,10 @@ def with_maps(model: Any, inputs: dict, edit: Callable[..., torch.Tensor], token
         counts[layer] = counts.get(layer, 0) + queries
         scores = q.double() @ k.mT * scale
         if mask is None:
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril(0 if queries > 1 else keys)
         mask = mask if mask.dtype == torch.bool else mask > -1e30
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask[..., :keys], -torch.inf)
+        pads = padding if run is None else (~run.engine.current.tokens[layer].valid).sum(1)
         first = pads - max(counts[layer] - keys, 0)
         weights = edit(layer, scores.softmax(-1).nan_to_num(), scores, first, counts[layer])
         return (weights @ v).transpose(1, 2).to(q.dtype)
@@ -80,3 +86,121 @@ def test_zerotuning_scales_the_first_column(vlm: VLM):
     wanted = with_maps(model, inputs, scaled_first(3.0, (0, 1, 3), [0, 4]))
     torch.testing.assert_close(found, wanted, **CLOSE)
     assert not torch.allclose(found, generate(model, inputs, tokens=4)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["Llava", "Gemma3"])
+def test_beams_and_a_static_cache(name: str, options: dict):
+    vlm = VLMS[name]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    for method, edit in (
+        (ZeroTuning(gamma=3.0), scaled_first(3.0, (0, 1, 2, 3), list(range(6)))),
+        (ACT(HEADS, beta=0.3, threshold=0.06), calibrated(HEADS, 0.3, 0.06)),
+    ):
+        with mllm.attach(model, method):
+            _, found = generate(model, inputs, tokens=3, **options)
+        torch.testing.assert_close(found, with_maps(model, inputs, edit, tokens=3, **options), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2_5_VL", "Gemma3"])
+def test_where_tokens_are_dropped(name: str):
+    vlm = VLMS[name]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    prune = (mllm.UniformPrune(keep=0.5), mllm.FastV(keep=0.5, layer=2))
+    for method, edit in (
+        (ZeroTuning(gamma=3.0), scaled_first(3.0, (0, 1, 2, 3), list(range(6)))),
+        (ACT(HEADS, beta=0.3, threshold=0.06), calibrated(HEADS, 0.3, 0.06)),
+    ):
+        with mllm.attach(model, *prune, method):
+            _, found = generate(model, inputs, tokens=3)
+        with mllm.attach(model, *prune) as run:
+            _, plain = generate(model, inputs, tokens=3)
+            wanted = with_maps(model, inputs, edit, run, tokens=3)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        assert not torch.allclose(found, plain, atol=1e-3)
+
+
+def calibrated(heads: tuple[tuple[int, int], ...], beta: float, threshold: float) -> Callable[..., torch.Tensor]:
+    """ACT on full maps, one sample and head at a time. Sinks are found in the first call of each layer."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+
+    def edit(layer, weights, scores, first, seen):
+        weights = weights.clone()
+        for row, pad in enumerate(first.tolist()):
+            for head in [h for at, h in heads if at == layer]:
+                w = weights[row, head]
+                if (layer, row, head) not in found:
+                    real = scores[row, head].isfinite()
+                    real[:pad] = False
+                    got = (w * real).sum(0) / real.sum(0)
+                    found[layer, row, head] = [j for j in range(w.shape[1]) if got[j] > threshold][1:]
+                    gone = 0
+                else:
+                    gone = max(seen - w.shape[1], 0)
+                sinks = [j - gone for j in found[layer, row, head] if j >= gone]
+                taken = w[:, sinks].sum(1)
+                rest = [j for j in range(w.shape[1]) if j not in sinks]
+                others = w[:, rest].sum(1)
+                rows = (others > 1e-9).nonzero()[:, 0]
+                if sinks:
+                    w[rows[:, None], rest] *= (1 + (1 - beta) * taken / others)[rows, None]
+                    w[rows[:, None], sinks] *= beta
+        return weights
+
+    return edit
+
+
+HEADS = ((0, 1), (1, 0), (1, 5), (2, 3))
+
+
+@EVERY
+def test_act_calibrates_full_maps(vlm: VLM, monkeypatch):
+    monkeypatch.setattr(act, "ROWS", 7)
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    with mllm.attach(model, ACT(HEADS, beta=0.3, threshold=0.06)):
+        _, found = generate(model, inputs, tokens=4)
+    wanted = with_maps(model, inputs, calibrated(HEADS, 0.3, 0.06))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert not torch.allclose(found, generate(model, inputs, tokens=4)[1], atol=1e-3)
+
+
+def test_heads_that_do_not_hurt_are_kept():
+    vlm = VLMS["Llava"]
+    model, inputs = vlm.build(), single(vlm, ROWS, 0)
+    stock = model(**inputs).logits[0, -1]
+
+    def measure() -> float:
+        return float(model(**inputs).logits[0, -1, 7])
+
+    gains = {}
+    for layer, head in [(2, head) for head in range(6)]:
+        with mllm.attach(model, ACT(((layer, head),), threshold=0.03)):
+            gains[layer, head] = measure() - float(stock[7])
+    found = fit_act(model, measure, threshold=0.03)
+    assert found == ACT(tuple(pair for pair, gain in gains.items() if gain >= 0), threshold=0.03)
+    assert 0 < len(found.heads) < 6 and torch.equal(model(**inputs).logits[0, -1], stock)
+    with pytest.raises(ValueError, match="ACT hurts in every head"):
+        counted = iter(range(100, 0, -1))
+        fit_act(model, lambda: next(counted), layers=(1,))
+
+
+def test_numbers_out_of_range():
+    model = VLMS["Llava"].build()
+    for bad in (0, -1.0, float("inf"), True):
+        with pytest.raises(ValueError, match="gamma is a finite number above 0"):
+            ZeroTuning(gamma=bad)
+    for method, message in (
+        (ZeroTuning(2.0, layers=(4,)), "layers 0 to 3"),
+        (ZeroTuning(2.0, heads=(6,)), "heads 0 to 5"),
+        (ACT(((4, 0),)), "layers 0 to 3"),
+        (ACT(((2, 6),)), "heads 0 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mllm.attach(model, method)
+    for options, message in (
+        ({"heads": ()}, "see fit_act"),
+        ({"heads": ((2, 0),), "beta": 1.5}, "from 0 to 1"),
+        ({"heads": ((2, 0),), "threshold": 1}, "above 0 and below 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ACT(**options)
