@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from vlm_models import IMAGE, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
+from vision_attn.mllm import caches  # noqa: E402
 from vision_attn.mllm.caches import pack, unpack  # noqa: E402
 from vision_attn.mllm.interface import listen, name_for, switch  # noqa: E402
 from vision_attn.mllm.method import CachePrune  # noqa: E402
@@ -36,7 +37,13 @@ def gates(model: torch.nn.Module) -> list[list[float]]:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def edited(model: torch.nn.Module, inputs: dict[str, Any], edit: Edit, tokens: int = 4) -> torch.Tensor:
+def edited(
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+    edit: Edit,
+    tokens: int = 4,
+    run: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Logits of a model with eager attention, and whoever listens to it, and a full cache.
 
     After the prompt, `edit(layer, cached)` may change the keys and values, and returns the tokens that each KV head no
@@ -55,7 +62,7 @@ def edited(model: torch.nn.Module, inputs: dict[str, Any], edit: Edit, tokens: i
         if lost is not None:
             mask, heads = kwargs["attention_mask"], text.config.num_attention_heads
             lost = lost.repeat_interleave(heads // len(lost), 0)[None, :, None]
-            full = torch.zeros(1, heads, 1, mask.shape[-1], dtype=mask.dtype)
+            full = torch.zeros(1, heads, 1, mask.shape[-1], dtype=mask.dtype)  # for every row that follows
             full[..., : lost.shape[-1]].masked_fill_(lost, torch.finfo(mask.dtype).min)
             kwargs["attention_mask"] = mask + full
         return args, kwargs
@@ -64,7 +71,7 @@ def edited(model: torch.nn.Module, inputs: dict[str, Any], edit: Edit, tokens: i
     handles.append(text.register_forward_hook(after, with_kwargs=True))
     text.config._attn_implementation = name_for("eager")
     try:
-        return generate(model, inputs, tokens)[1]
+        return generate(model, inputs, tokens)[1] if run is None else run()
     finally:
         text.config._attn_implementation = before
         for handle in handles:
@@ -184,6 +191,56 @@ def test_heads_of_any_length(family: str):
     model.config.get_text_config()._attn_implementation = "eager"
     with mllm.attach(model, Ladder()):
         torch.testing.assert_close(generate(model, alone, 6)[1], wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["Llava", "Qwen3VL", "Gemma3"])
+def test_another_turn_with_heads_of_any_length(family: str):
+    vlm = VLMS[family]
+    model, inputs = vlm.build(), single(vlm, ROWS, 0)
+    answer, more = torch.tensor([[8, 9, 10]]), torch.tensor([[11, 12, 13, 14]])
+    heads = model.config.get_text_config().num_key_value_heads
+
+    def second(cache: Any) -> torch.Tensor:
+        """The logits of another turn; the first answer is forced, so that all have the same."""
+        ids = torch.cat([inputs["input_ids"], answer, more], 1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                given[name] = torch.nn.functional.pad(inputs[name], (0, 7))
+        return generate(model, given, tokens=4, past_key_values=cache)[1]
+
+    def turns() -> torch.Tensor:
+        def force(batch: int, ids: torch.Tensor) -> list[int]:
+            return [int(answer[0, ids.shape[-1] - inputs["input_ids"].shape[1]])]
+
+        options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        return second(model.generate(**inputs, **options, prefix_allowed_tokens_fn=force).past_key_values)
+
+    with mllm.attach(model, Ladder()):
+        found = turns()
+    torch.testing.assert_close(found, edited(model, inputs, ladder(inputs, heads), run=turns), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["Llava", "Qwen2_5_VL", "Gemma3", "PaliGemma"])
+def test_every_stage_at_once(family: str):
+    """Tokens dropped before the text model, in it, and then from its cache: padded rows are still single runs."""
+    vlm = VLMS[family]
+    model, heads = vlm.build(), gates(vlm.build())
+    before = [mllm.UniformPrune(keep=0.8), mllm.FastV(keep=0.7, layer=2)]
+    rows, single_rows = vlm.inputs(ROWS), [single(vlm, ROWS, i) for i in range(len(ROWS))]
+    seen = []
+    for method in (
+        mllm.StreamingHeads(table=heads, sink=2, recent=5, compensate=True),
+        mllm.ZipVL(tau=0.5, recent=2, probes=4),
+        mllm.ZipVL(tau=0.5, recent=2, probes=4, mode="quantize"),
+    ):
+        with mllm.attach(model, *before, method) as run:
+            _, batch = generate(model, rows, 4)
+            seen.append(batch)
+            for i, alone in enumerate(single_rows):
+                torch.testing.assert_close(batch[:, i : i + 1], generate(model, alone, 4)[1], **CLOSE)
+            assert run.report.prompts[0].cache < run.report.prompts[0].stock_cache
+    assert (seen[0][1:] - seen[1][1:]).abs().max() > 1e-3 and (seen[1][1:] - seen[2][1:]).abs().max() > 1e-3
 
 
 def test_beams_follow_a_ragged_cache():
@@ -320,9 +377,10 @@ def levels(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 @FAMILIES
 @pytest.mark.parametrize("mode, probes", [("drop", 1000), ("drop", 0), ("quantize", 1000)])
-def test_zipvl_attends_among_the_important(family: str, mode: str, probes: int):
+def test_zipvl_attends_among_the_important(family: str, mode: str, probes: int, monkeypatch):
     """Against full maps in every layer, and for the answer against a full cache with hidden or rounded entries."""
-    tau, recent = 0.6, 3
+    tau, recent, group_size = 0.6, 3, 8
+    monkeypatch.setattr(caches, "GROUP", group_size)
     model, inputs = VLMS[family].build(), single(VLMS[family], ROWS, 1)
     if mode == "quantize":  # in float32 the last bit of two ways to compute may fall on two sides of a level
         model, inputs["pixel_values"] = model.double(), inputs["pixel_values"].double()
@@ -348,7 +406,7 @@ def test_zipvl_attends_among_the_important(family: str, mode: str, probes: int):
         for those, bits in ((~lost & early, 4), (lost & early, 2)):
             at = those.nonzero()[:, 0]
             for head in range(layer.keys.shape[1]):
-                for some in at.flip(0).split(64):  # groups are counted from the end
+                for some in at.flip(0).split(group_size):  # groups are counted from the end
                     for channel in range(layer.keys.shape[3]):
                         layer.keys[0, head, some, channel] = levels(layer.keys[0, head, some, channel], bits)
                 for token in at:
@@ -390,6 +448,22 @@ def test_a_quantized_cache_is_smaller_and_goes_on_in_every_way():
             assert batch[i, -5:].tolist() == model.generate(**single(vlm, ROWS, i), **beams)[0, -5:].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype):
+    """A mean with the weight of many, and codes, in the dtype of the model."""
+    vlm = VLMS["Qwen2_5_VL"]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    table = gates(model)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    for method in (
+        mllm.StreamingHeads(table=table, sink=2, recent=5, compensate=True),
+        mllm.TaskKV(sink=2, recent=5, middle=2),
+        mllm.ZipVL(tau=0.5, recent=2, probes=4, mode="quantize"),
+    ):
+        with mllm.attach(model.to(dtype), method):
+            assert not generate(model, inputs, 4)[1].isnan().any()
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_packing(bits: int):
     codes = torch.randint(2**bits, (3, 5, 13), dtype=torch.uint8)
@@ -417,8 +491,11 @@ def test_what_cannot_be_done_is_said():
         with pytest.raises(ValueError, match=next(iter(bad))):
             mllm.ZipVL(**bad)
     for method in (mllm.ZipVL(), mllm.StreamingHeads(table=gates(model))):
-        with mllm.attach(model, method), pytest.raises(ValueError, match="cannot shorten a StaticLayer"):
-            generate(model, single(VLMS["Llava"], ROWS, 0), cache_implementation="static")
+        with mllm.attach(model, method):
+            with pytest.raises(ValueError, match="cannot shorten a StaticLayer"):
+                generate(model, single(VLMS["Llava"], ROWS, 0), cache_implementation="static")
+            with pytest.raises(ValueError, match="this call uses none"):
+                model(**single(VLMS["Llava"], ROWS, 0), use_cache=False)
     with pytest.raises(ValueError, match="one per layer, which would keep everything"):
         mllm.attach(VLMS["PaliGemma"].build(), mllm.TaskKV())
     with pytest.raises(ValueError, match="share of the heads"):
