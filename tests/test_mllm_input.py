@@ -143,6 +143,18 @@ def vlm_tower(vlm: VLM) -> str:
     return "vision_model" if vlm.name in ("Idefics3", "SmolVLM") else "vision_tower"
 
 
+@pytest.mark.parametrize("name", ["Llava", "PaliGemma"])
+def test_keys_are_those_of_the_last_layer_asked_for(name: str):
+    vlm, found = VLMS[name], []
+    model = vlm.build()
+    module = attention_modules(model.model.vision_tower)[2].k_proj
+    handle = module.register_forward_hook(lambda module, args, out: found.append(out))
+    image = probed(vlm, [["image", 2]], model, layers=(1, 2))[0]
+    handle.remove()
+    patches = found[0][0, 1:] if vlm.tower == "cls" else found[0][0]
+    torch.testing.assert_close(image.keys, patches.view(36, 4, 8))
+
+
 def test_blocks_that_attend_in_windows_are_not_asked():
     images = probed(VLMS["Qwen2_5_VL"], [["image"]], layers=(0,))
     last = probed(VLMS["Qwen2_5_VL"], [["image"]], layers=(2,))
@@ -212,6 +224,53 @@ def test_images_side_by_side_are_two_and_tiles_are_one():
         for image in probe.images:
             torch.testing.assert_close(image.project(image.vision), image.features, **CLOSE)
         assert [image.grid for image in probe.images] == ([(6, 6)] * 2 if name == "Llava" else [None])
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_pictures_of_several_sizes(name: str):
+    vlm, probe = VLMS[name], Probe(keep=0.5, layers=(-1,))
+    model, sizes = vlm.build(), [(6, 10), (4, 6)]
+    parts = sum([[START, *[IMAGE] * (h * w // 4)] for h, w in sizes], [])
+    inputs = prompt([[5], parts, [6]])
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    pixels = torch.randn(84, 3 * 2 * PATCH**2, generator=torch.Generator().manual_seed(0))
+    with attach(model, probe):
+        model(**inputs, pixel_values=pixels, image_grid_thw=torch.tensor([[1, h, w] for h, w in sizes]))
+    both = probe.images.copy()
+    assert [image.grid for image in both] == [(3, 5), (2, 3)]
+    for image in both:
+        torch.testing.assert_close(image.project(image.vision), image.features, **CLOSE)
+    inputs = prompt([[START, *[IMAGE] * 6]])
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    with attach(model, probe):  # the second picture by itself: images are not mixed
+        model(**inputs, pixel_values=pixels[60:], image_grid_thw=torch.tensor([[1, 4, 6]]))
+    for name in ("attention", "keys", "vision"):
+        torch.testing.assert_close(getattr(probe.images[-1], name), getattr(both[1], name), **CLOSE)
+    inputs = prompt([[5], parts, [6]]) | {
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 6, 10], [1, 4, 6]]),
+    }
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    with attach(model, HoloV(keep=0.5, segments=3, crops="grid", scale="global")) as run:
+        model(**inputs)
+        assert int(run.engine.current.read.visual.sum()) == 8 + 3
+
+
+def test_several_pictures_of_a_prompt_are_not_tiled():
+    """As the processor of LLaVA-OneVision gives them: one view each, and a newline token."""
+    vlm, probe = VLMS["LlavaOnevision"], Probe(keep=0.5)
+    model = vlm.build()
+    inputs = prompt([[5], [IMAGE] * 37, [6], [IMAGE] * 37, [7]]) | {
+        "pixel_values": torch.randn(2, 1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)),
+        "image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * 2),
+        "batch_num_images": torch.tensor([2]),
+    }
+    with attach(model, probe) as run:
+        model(**inputs)
+        assert int(run.engine.current.read.visual.sum()) == 2 * (18 + 1)
+    for image in probe.images:
+        assert image.grid == (6, 6)
+        torch.testing.assert_close(image.project(image.vision), image.features, **CLOSE)
 
 
 def video(vlm: VLM, frames: int = 4, beside: bool = False) -> dict[str, torch.Tensor]:
@@ -494,6 +553,8 @@ def test_divprune():
     kept = DivPrune().select(dataclasses.replace(image, features=corners), 6)
     assert kept.div(4, rounding_mode="floor").tolist() == list(range(6))
     assert DivPrune().select(image, 40).tolist() == list(range(40))
+    alike = dataclasses.replace(image, features=torch.full((40, 10), 0.3))
+    assert len(DivPrune().select(alike, 9).unique()) == 9
 
 
 def determinant(x: torch.Tensor, r: torch.Tensor, keep: int) -> list[int]:
