@@ -27,11 +27,11 @@ class Branch:
         engine: of the attached model.
         reading: the prompt, read in another way.
         lender: what the engine knows of the main prompt, whose visual tokens are kept here too; None to choose again.
-        pictured: bool `[rows]`, the main prompt has an image.
+        active: bool `[rows]`, the main prompt has an image.
     """
 
-    def __init__(self, engine: Any, reading: Reading, lender: Any, pictured: torch.Tensor) -> None:
-        self.engine, self.reading, self.lender, self.pictured = engine, reading, lender, pictured
+    def __init__(self, engine: Any, reading: Reading, lender: Any, active: torch.Tensor) -> None:
+        self.engine, self.reading, self.lender, self.active = engine, reading, lender, active
         self.given = reading.arguments()
         self.cache = self.given["past_key_values"] = DynamicCache(config=engine.config)
         self.ids: torch.Tensor | None = None  # what the main branch held when this one last read
@@ -128,15 +128,14 @@ class _Processor(LogitsProcessor):
     def __init__(self, branches: Branches, source: Source, given: dict[str, Any], beams: bool) -> None:
         self.branches, self.source, self.given, self.beams = branches, source, given, beams
         self.branch: Branch | None = None
-        self.pictured: torch.Tensor | None = None
+        self.active: torch.Tensor | None = None  # bool `[rows]`, those to change
         self.start = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         method, z = self.branches.method, scores.float()
-        if self.pictured is None:
+        if self.active is None:
             self._begin(input_ids)
-        active = torch.ones_like(self.pictured) if method.text else self.pictured
-        if not active.any():
+        if not self.active.any():
             return scores
         other = None if self.branch is None else self.branch.logits(input_ids).to(z.device)
         early = {number: speak(self.branches.engine, hidden) for number, hidden in self.branches.early.items()}
@@ -144,28 +143,30 @@ class _Processor(LogitsProcessor):
         mixed = method.combine(z, step)
         if self.beams:  # beams are compared by log-probability
             mixed = mixed.log_softmax(-1)
-        return torch.where(active[:, None].to(z.device), mixed, z).to(scores.dtype)
+        return torch.where(self.active[:, None].to(z.device), mixed, z).to(scores.dtype)
 
     def _begin(self, ids: torch.Tensor) -> None:
         """Read the prompt in the other way, or go on from the turn before."""
         branches, engine, cache = self.branches, self.branches.engine, self.given.get("past_key_values")
         self.start = ids.shape[1]
+        if branches.method.text:
+            self.active = torch.ones_like(ids[:, 0], dtype=torch.bool)
+            return
         self.branch = None if cache is None else branches.kept.get(cache)
         if self.branch is not None:
-            self.pictured = self.branch.pictured
+            self.active = self.branch.active
             return
         reading = Reading.of(self.source, ids, self.given)
-        self.pictured = reading.pictured
-        if not (self.pictured.any() or branches.method.text):
+        self.active = reading.tokens.visual.any(1)
+        if not self.active.any():
             return
         prompt = engine.current
         lender = prompt if engine.share and prompt is not None and not prompt.remade else None
         with aside(engine, reading, lender):
             other = branches.method.other(reading)
-        if other is not None:
-            self.branch = Branch(engine, other, lender, self.pictured)
-            if cache is not None:
-                branches.kept[cache] = self.branch
+        self.branch = Branch(engine, other, lender, self.active)
+        if cache is not None:
+            branches.kept[cache] = self.branch
 
 
 def speaker(engine: Any) -> Any:

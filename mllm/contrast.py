@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from vision_attn.mllm.reading import Reading
 
 
+OUT_OF_REACH = 10000.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What is known when a token is chosen.
@@ -33,7 +36,8 @@ class Step:
 class Contrast(Method):
     """Chooses the next token from the logits and others beside them.
 
-    Rows of a batch that have no image are left as they are, unless `text`.
+    Args of subclasses are their options; `text` is True for methods that change rows without an image too, and those
+    have no second branch.
     """
 
     text: ClassVar[bool] = False
@@ -43,27 +47,30 @@ class Contrast(Method):
         """Whether, with these options, it changes logits at all."""
         return True
 
-    def other(self, reading: Reading) -> Reading | None:
-        """The prompt as the second branch reads it; None for a method without one."""
-        return None
+    def other(self, reading: Reading) -> Reading:
+        """The prompt as the second branch reads it."""
+        raise NotImplementedError
 
     def early(self, layers: int, model: Any) -> tuple[int, ...]:
         """The layers, of so many, whose input it wants to see as logits."""
         return ()
 
     def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
-        """New logits from those of the main branch, float32 `[rows, vocabulary]`; -inf is never chosen."""
+        """New logits from those of the main branch, float32 `[rows, vocabulary]`."""
         raise NotImplementedError
 
 
 def cut(final: torch.Tensor, z: torch.Tensor, beta: float) -> torch.Tensor:
-    """`final` where `z` is at least `beta` times as probable as its best token, -inf elsewhere.
+    """`final` where `z` is at least `beta` times as probable as its best token; the others are out of reach.
+
+    Papers put -inf there. Here it is `z - 10000`, whose probability is 0 all the same: should a processor that comes
+    later forbid all that is left, as one for a least length may, the likeliest of the others is said, not token 0.
 
     >>> cut(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([3.0, 2.0, -1.0]), beta=0.1).tolist()
-    [5.0, 6.0, -inf]
+    [5.0, 6.0, -10001.0]
     """
     least = z.amax(-1, keepdim=True) + (math.log(beta) if beta > 0 else -math.inf)
-    return final.masked_fill(z < least, -torch.inf)
+    return torch.where(z < least, z - OUT_OF_REACH, final)
 
 
 def contrast(z: torch.Tensor, other: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:

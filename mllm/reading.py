@@ -90,11 +90,6 @@ class Reading:
         given = {name: value for name, value in kwargs.items() if name not in STATE}
         return Reading(source, ids, Tokens.of_prompt(valid, source.visual(ids)), positions, given)
 
-    @property
-    def pictured(self) -> torch.Tensor:
-        """Bool `[rows]`: it has an image."""
-        return self.tokens.visual.any(1)
-
     def arguments(self) -> dict[str, Any]:
         """What the model is called with, besides the ids."""
         return {

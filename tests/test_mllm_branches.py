@@ -19,7 +19,9 @@ from vlm_models import IMAGE, PRUNED, VLM, VLMS, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
+from vision_attn.mllm.methods.agla import AGLA, masked_image  # noqa: E402
 from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
+from vision_attn.mllm.methods.dola import DoLa  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
@@ -134,10 +136,24 @@ def grounded(z: torch.Tensor, u: torch.Tensor, step: int) -> torch.Tensor:
     return torch.where(c >= c.max() + math.log(0.1), c + (1 - g) / g * (c - u), -torch.inf)
 
 
+def halved(pixels: torch.Tensor) -> torch.Tensor:
+    """A matcher that never finds anything in every other pixel."""
+    return pixels * (torch.arange(pixels.shape[-1]) % 2)
+
+
+def in_halves(vlm: VLM, rows: list[Any], batch: dict[str, Any]) -> Prompts:
+    return split(vlm, rows, {**batch, "pixel_values": halved(batch["pixel_values"])})
+
+
+def assembled(z: torch.Tensor, u: torch.Tensor, step: int) -> torch.Tensor:
+    return torch.where(z >= z.max() + math.log(0.5), z + 2 * u, -torch.inf)
+
+
 METHODS: dict[str, tuple[Any, Callable, Callable]] = {
     "vcd": (VCD(steps=900), in_noise, contrast),
     "m3id": (M3ID(decay=0.3), blind, grounded),
     "icd": (ICD(instruction=WORDS), confused, contrast),
+    "agla": (AGLA(matcher=halved), in_halves, assembled),
 }
 
 
@@ -145,7 +161,12 @@ def scored(model: torch.nn.Module, batch: dict[str, Any], tokens: int = 4, **opt
     out = model.generate(
         **batch, max_new_tokens=tokens, do_sample=False, output_scores=True, return_dict_in_generate=True, **options
     )
-    return out.sequences[:, -tokens:], torch.stack(out.scores)
+    return out.sequences[:, -tokens:], out_of_reach(torch.stack(out.scores))
+
+
+def out_of_reach(scores: torch.Tensor) -> torch.Tensor:
+    """What is cut has lost 10000."""
+    return scores.masked_fill(scores < -5000, -torch.inf)
 
 
 def allowed(model: torch.nn.Module, scores: torch.Tensor) -> torch.Tensor:
@@ -174,7 +195,8 @@ def test_both_branches_are_the_stock_model(vlm: VLM, name: str):
             assert (u - z).abs().max() > 0.01
         wanted = allowed(model, wanted)
         torch.testing.assert_close(scores[:, i], wanted, **CLOSE)
-        assert wanted.argmax(-1).tolist() == answers[i].tolist()
+        some = wanted.isfinite().any(-1)  # suppressed tokens may be all that is left
+        assert wanted.argmax(-1)[some].tolist() == answers[i][some].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +263,7 @@ def test_beams(vlm: VLM, name: str):
     with attach(model, method):
         out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, output_scores=True, **options)
     answers = out.sequences[:, -tokens:].view(2, 3, tokens)
-    found = out.sequences_scores.view(2, 3)
+    found = out_of_reach(out.sequences_scores.view(2, 3))
     moved = False
     for i, (prompt, second) in enumerate(zip(split(vlm, rows, batch), other(vlm, rows, batch), strict=True)):
         for answer, score in zip(answers[i], found[i], strict=True):
@@ -271,9 +293,10 @@ def test_however_it_is_generated(name: str, family: str):
             **batch, max_new_tokens=3, do_sample=True, top_k=0, num_return_sequences=2, output_scores=True,
             return_dict_in_generate=True,
         )  # fmt: skip
-        torch.testing.assert_close(out.scores[0][::2], wanted[0], **CLOSE)
-        torch.testing.assert_close(out.scores[0][1::2], wanted[0], **CLOSE)
-    answers, scores = out.sequences[:, -3:], torch.stack(out.scores)
+        first = out_of_reach(out.scores[0])
+        torch.testing.assert_close(first[::2], wanted[0], **CLOSE)
+        torch.testing.assert_close(first[1::2], wanted[0], **CLOSE)
+    answers, scores = out.sequences[:, -3:], out_of_reach(torch.stack(out.scores))
     others = METHODS[name][1](vlm, rows, batch)
     for i, prompt in enumerate(split(vlm, rows, batch)):
         for n in (2 * i, 2 * i + 1):
@@ -473,3 +496,82 @@ def test_damro_with_merged_heads():
     for bad in (dict(k=0), dict(k=True), dict(head_reduce="max"), dict(proxy="given")):
         with pytest.raises(ValueError, match="DAMRO"):
             DAMRO(**bad)
+
+
+def test_what_a_masked_image_keeps():
+    """The share of pixels that stays is one minus half of the score."""
+    relevance = torch.arange(200.0).view(2, 10, 10)
+    found = masked_image(torch.ones(2, 3, 10, 10), relevance, torch.tensor([0.4, 1.0]), fill=-1)
+    assert (found[0] == 1).sum() == 3 * 80 and (found[1] == 1).sum() == 3 * 50
+    assert torch.equal(found[1, 0] == 1, relevance[1] >= 150)
+    for bad in (torch.ones(1), torch.tensor([0.5, 1.5])):
+        with pytest.raises(ValueError, match="score"):
+            masked_image(torch.ones(2, 3, 10, 10), relevance, bad)
+    with pytest.raises(TypeError, match="give a function"):
+        AGLA(matcher=None)
+    model, batch = VLMS["Llava"].build(), single(VLMS["Llava"], [[3, "image", 4]], 0)
+    with attach(model, AGLA(matcher=lambda pixels: pixels[..., :3])), pytest.raises(ValueError, match="must stay"):
+        scored(model, batch)
+
+
+@EVERY
+def test_dola(vlm: VLM):
+    """Prompts without images too. Hidden states are those that the stock model gives out."""
+    model, rows = vlm.build(), rows_of(vlm)
+    batch, candidates = vlm.inputs(rows), (0, 2, 3)
+    with attach(model, DoLa(layers=candidates)):
+        answers, scores = scored(model, batch, tokens=2)
+    own = model.language_model if vlm.name == "InstructBlip" else model
+    chosen = set()
+    for i, prompt in enumerate(split(vlm, rows, batch)):
+        given = dict(prompt, output_hidden_states=True)
+        out = model.generate(
+            **given, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        states = out.hidden_states[0]
+        last = out.logits[0][0].softmax(-1)
+        early = [own.lm_head(own.get_decoder().norm(states[n][0, -1])).softmax(-1) for n in candidates]
+        middles = [(last + other) / 2 for other in early]
+        far = [
+            (last * (last / m).log()).sum() / 2 + (other * (other / m).log()).sum() / 2
+            for other, m in zip(early, middles, strict=True)
+        ]
+        best = early[far.index(max(far))]
+        chosen.add(far.index(max(far)))
+        wanted = torch.where(last >= 0.1 * last.max(), (last / best).log(), -torch.inf)
+        torch.testing.assert_close(scores[0, i], allowed(model, wanted), atol=1e-3, rtol=1e-3)
+        assert int(allowed(model, wanted).argmax()) == int(answers[i, 0])
+    if vlm.name == "Llava":  # cached generation and static caches see the same layers
+        with attach(model, DoLa(layers=candidates), Third(keep=0.5)):
+            _, kept = scored(model, batch)
+            _, static = scored(model, batch, cache_implementation="static")
+            _, again = scored(model, batch, use_cache=False)
+        torch.testing.assert_close(static, kept, **CLOSE)
+        torch.testing.assert_close(again, kept, **CLOSE)
+
+
+def test_candidates_of_dola():
+    config = types.SimpleNamespace(tie_word_embeddings=False)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: config))
+    assert DoLa().early(32, model) == tuple(range(0, 16, 2))
+    assert DoLa(layers="high").early(32, model) == tuple(range(16, 32, 2))
+    assert DoLa(layers="high").early(48, model) == tuple(range(28, 48, 2))
+    assert DoLa().early(48, model) == tuple(range(0, 20, 2))
+    config.tie_word_embeddings = True
+    assert DoLa().early(32, model) == tuple(range(2, 16, 2))
+    assert DoLa().early(4, model) == (2,)
+    for bad in ("middle", (), "lo"):
+        with pytest.raises(ValueError, match="DoLa"):
+            DoLa(layers=bad)
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        attach(VLMS["Llava"].build(), DoLa(layers=(4,)))
+
+
+def test_when_all_that_is_left_is_forbidden():
+    """The likeliest of what was cut, not token 0."""
+    model, batch = VLMS["Llava"].build(), single(VLMS["Llava"], [[3, "image", 4]], 0)
+    (first, *_), scores = scored(model, batch, tokens=1)
+    model.generation_config.suppress_tokens += first.tolist()
+    second = int(allowed(model, scores[0, 0]).argmax())
+    with attach(model, VCD(alpha=0, beta=1)):
+        assert scored(model, batch, tokens=1)[0].tolist() == [[second]]
