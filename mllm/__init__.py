@@ -58,6 +58,7 @@ _PUBLIC = {
     "VTCCLS": "methods.vtccls",
     "ZipVL": "methods.zipvl",
     "ZeroTuning": "methods.zerotuning",
+    "PAINT": "methods.paint",
     "ACT": "methods.act",
     "fit_act": "methods.act",
 }

@@ -83,6 +83,9 @@ class RowEdit(Method):
         """The layers, of so many, whose rows it wants."""
         raise NotImplementedError
 
+    def install(self, engine: Any, undo: list[Callable[[], None]]) -> None:
+        """Hook what else of the model it wants to see."""
+
     def whole(self, layer: int, layers: int) -> bool:
         """In this layer, of so many, it wants the rows of all words after the last image while the prompt is read, and
         the one before them, which is not `edited`."""
@@ -112,6 +115,8 @@ def question(prompt: Any) -> torch.Tensor:
 def edit_rows(engine: Any, methods: list[RowEdit], undo: list[Callable[[], None]]) -> None:
     """Put row edits into the attention of the text model."""
     undo.append(switch(engine.config))
+    for method in methods:
+        method.install(engine, undo)
     layers = engine.model.get_decoder().layers
     for number, layer in enumerate(layers):
         group = [method for method in methods if number in method.where(len(layers))]

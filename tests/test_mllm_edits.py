@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import PRUNED, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, PRUNED, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm.interface import listen, switch  # noqa: E402
 from vision_attn.mllm.methods import act  # noqa: E402
 from vision_attn.mllm.methods.act import ACT, fit_act  # noqa: E402
+from vision_attn.mllm.methods.paint import PAINT  # noqa: E402
 from vision_attn.mllm.methods.zerotuning import ZeroTuning  # noqa: E402
 
 ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
@@ -204,3 +206,102 @@ def test_numbers_out_of_range():
     ):
         with pytest.raises(ValueError, match=message):
             ACT(**options)
+
+
+def tower_maps(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """What the class token gives to every patch, `[tiles, patches]`, mean over heads: of layer 0, and of that before
+    the last."""
+    tower = model.base_model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    maps = tower(pixels, output_attentions=True).attentions
+    tower.set_attn_implementation(before)
+    return [maps[at].double().mean(1)[:, 0, 1:] for at in (0, -2)]
+
+
+@pytest.mark.parametrize("name", ["Llava", "LlavaNext", "InternVL"])
+def test_paint_raises_the_scores_of_chosen_patches(name: str):
+    vlm = VLMS[name]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    first, late = tower_maps(model, inputs["pixel_values"].flatten(0, -4))
+    if name == "LlavaNext":
+        newline, sizes = torch.tensor([torch.nan]).double(), list(inputs["image_sizes"])
+        first, late = (
+            [
+                part[:, 0]
+                for part in model.model.pack_image_features(
+                    list(maps.view(3, 3, 36, 1)), sizes, vision_feature_select_strategy="default", image_newline=newline
+                )[0]
+            ]
+            for maps in (first, late)
+        )
+    elif name == "InternVL":
+        first, late = (maps.view(3, 3, 2, 3, 2).mean((2, 4)).flatten(1) for maps in (first, late))
+    gains = []
+    for one, other in zip(first, late, strict=True):
+        real = [j for j in range(len(one)) if not one[j].isnan()]
+        order = sorted(other[j].item() for j in real)
+        quarter = [np.quantile(order, q) for q in (0.25, 0.75)]
+        outliers = {j for j in real if other[j] > quarter[1] + 1.5 * (quarter[1] - quarter[0])}
+        top = set(sorted(real, key=lambda j: -one[j])[: int(0.4 * len(real))]) - outliers
+        gains.append(torch.tensor([0.3 if j in outliers else 0.9 if j in top else 0.0 for j in range(len(one))]))
+        assert top
+    assert any((gain == 0.3).any() for gain in gains) or name == "InternVL"
+    image = inputs["input_ids"] == IMAGE
+    gain = torch.zeros(image.shape).masked_scatter(image, torch.cat(gains))
+
+    def edit(layer, weights, scores, first, seen):
+        if layer < 2:
+            return weights
+        gone = seen - scores.shape[-1]
+        last, more = scores[:, :, -1:], torch.nn.functional.pad(gain, (0, seen - gain.shape[1]))[:, None, None, gone:]
+        last = torch.where(more > 0, last + more * last.abs(), last)
+        return torch.cat([weights[:, :, :-1], last.softmax(-1)], 2)
+
+    with mllm.attach(model, PAINT(alpha=0.9, beta=0.3, ratio=0.4, gamma=1)):
+        _, found = generate(model, inputs, tokens=4)
+    torch.testing.assert_close(found, with_maps(model, inputs, edit), **CLOSE)
+    _, stock = generate(model, inputs, tokens=4)
+    assert not torch.allclose(found[:, :2], stock[:, :2], atol=1e-3)
+    with mllm.attach(model, PAINT(alpha=0, beta=0, gamma=1)):
+        torch.testing.assert_close(generate(model, inputs, tokens=4)[1], stock, **CLOSE)
+    for methods in ((), (mllm.UniformPrune(keep=0.5),)):  # the second branch is that of PAI
+        with mllm.attach(model, PAINT(alpha=0, beta=0, gamma=1.5), *methods):
+            _, found = generate(model, inputs, tokens=4)
+        with mllm.attach(model, mllm.PAI(alpha=0, gamma=1.5), *methods):
+            torch.testing.assert_close(found, generate(model, inputs, tokens=4)[1], **CLOSE)
+
+
+def test_paint_follows_what_was_dropped():
+    """With all but some tokens gone, it edits those as without."""
+    vlm = VLMS["Llava"]
+    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    with mllm.attach(model, PAINT(alpha=0.9, gamma=1)) as run:
+        generate(model, inputs, tokens=4)
+        (gain,) = [note["gain"] for note in run.engine.current.notes.values() if "gain" in note]
+    prune = mllm.UniformPrune(keep=0.5), mllm.FastV(keep=0.5, layer=3)
+    with mllm.attach(model, *prune, PAINT(alpha=0.9, gamma=1)):
+        _, found = generate(model, inputs, tokens=4)
+    with mllm.attach(model, *prune) as run:
+
+        def edit(layer, weights, scores, first, seen):
+            if layer < 2:
+                return weights
+            tokens = run.engine.current.tokens[layer]
+            more = gain.gather(1, tokens.column) * tokens.valid
+            more = torch.nn.functional.pad(more, (0, seen - more.shape[1]))[:, None, None]
+            last = scores[:, :, -1:]
+            last = torch.where(more > 0, last + more * last.abs(), last)
+            return torch.cat([weights[:, :, :-1], last.softmax(-1)], 2)
+
+        wanted = with_maps(model, inputs, edit, run)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_paint_needs_a_class_token():
+    for name, message in (("PaliGemma", "none in its vision tower"), ("InstructBlip", "show no patches")):
+        with pytest.raises(ValueError, match=message):
+            mllm.attach(VLMS[name].build(), PAINT())
+    for options in ({"alpha": -1}, {"beta": float("nan")}, {"ratio": 1.5}, {"gamma": 0.5}, {"alpha": True}):
+        with pytest.raises(ValueError, match="is a finite number"):
+            PAINT(**options)

@@ -83,6 +83,7 @@ METHODS: dict[str, Entry] = {
     "m3id": Entry(lambda vlm: mllm.M3ID(decay=2.0, beta=0), first=False),
     "pai": Entry(lambda vlm: mllm.PAI(alpha=0.8)),
     "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
+    "paint": Entry(lambda vlm: mllm.PAINT(alpha=0.9), families=CLASS_TOKEN),
     "act": Entry(lambda vlm: mllm.ACT(((0, 1), (1, 0), (2, 3)), threshold=0.06), text=True),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
