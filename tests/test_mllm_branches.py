@@ -24,6 +24,7 @@ from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
 from vision_attn.mllm.methods.dola import DoLa  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
+from vision_attn.mllm.methods.pai import PAI  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
 
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
@@ -149,11 +150,17 @@ def assembled(z: torch.Tensor, u: torch.Tensor, step: int) -> torch.Tensor:
     return torch.where(z >= z.max() + math.log(0.5), z + 2 * u, -torch.inf)
 
 
+def attentive(z: torch.Tensor, u: torch.Tensor, step: int) -> torch.Tensor:
+    c, u = z.log_softmax(-1), u.log_softmax(-1)
+    return torch.where(c >= c.max() + math.log(0.1), 3 * (c - u) + u, -torch.inf)
+
+
 METHODS: dict[str, tuple[Any, Callable, Callable]] = {
     "vcd": (VCD(steps=900), in_noise, contrast),
     "m3id": (M3ID(decay=0.3), blind, grounded),
     "icd": (ICD(instruction=WORDS), confused, contrast),
     "agla": (AGLA(matcher=halved), in_halves, assembled),
+    "pai": (PAI(alpha=0, gamma=3), blind, attentive),
 }
 
 
@@ -575,3 +582,29 @@ def test_when_all_that_is_left_is_forbidden():
     second = int(allowed(model, scores[0, 0]).argmax())
     with attach(model, VCD(alpha=0, beta=1)):
         assert scored(model, batch, tokens=1)[0].tolist() == [[second]]
+
+
+@EVERY
+def test_attention_is_not_edited_in_a_branch(vlm: VLM):
+    """The main prompt as edited alone, the noisy one as the stock model reads it."""
+    model, rows, edit = vlm.build(), rows_of(vlm), PAI(alpha=2.0, gamma=1)
+    batch = vlm.inputs(rows)
+    with attach(model, edit, VCD(steps=900)):
+        answers, scores = scored(model, batch, tokens=3)
+    others = in_noise(vlm, rows, batch)
+    for i, prompt in enumerate(split(vlm, rows, batch)):
+        u = read(model, others[i], answers[i])
+        with attach(model, edit):  # what it says of these answers, which it would not give itself
+            forced = [[token] for token in answers[i].tolist()]
+            own = model.language_model if vlm.name == "InstructBlip" else model
+            start = prompt["input_ids"].shape[1]
+            kept, own.generation_config.suppress_tokens = own.generation_config.suppress_tokens, None
+            out = model.generate(
+                **prompt, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
+                prefix_allowed_tokens_fn=lambda _, ids, forced=forced, start=start: forced[min(len(ids) - start, 2)],
+            )  # fmt: skip
+            own.generation_config.suppress_tokens = kept
+            z = torch.cat(out.logits)
+        assert out.sequences[0, -3:].tolist() == answers[i].tolist()
+        wanted = torch.stack([contrast(*both, 0) for both in zip(z, u, strict=True)]) if "image" in rows[i] else z
+        torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
