@@ -344,6 +344,18 @@ def features(model: Any, vlm: VLM, rows: Any) -> Any:
 # Methods
 
 
+@pytest.fixture(params=[True, False], ids=["at once", "in pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Products of all pairs at once, and a few rows at a time."""
+    if not request.param:
+        for name in ("holov", "divprune", "vispruner", "prumerge"):
+            monkeypatch.setattr(f"vision_attn.mllm.methods.{name}.ROWS", 3)
+        monkeypatch.setattr("vision_attn.mllm.methods.divprune.FEW", 0)
+
+
+IN_PIECES = pytest.mark.usefixtures("pieces")
+
+
 def shown(tokens: int = 60, seed: int = 0, layers: int = 1, cls: bool = False, grid: Any = None) -> Image:
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
@@ -404,7 +416,8 @@ def holov(image: Image, keep: int, count: int, alpha: float, whole: bool) -> tup
     return [crop[j] for crop, n in zip(crops, shares, strict=True) for j in ordered(a[crop])[:n]], scores
 
 
-@pytest.mark.parametrize("seed", range(4))
+@IN_PIECES
+@pytest.mark.parametrize("seed", range(2))
 def test_holov(seed: int):
     image = shown(61, seed)
     for whole in (False, True):
@@ -545,6 +558,7 @@ def divprune(x: torch.Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
+@IN_PIECES
 def test_divprune():
     for seed in range(3):
         image = shown(40, seed)
@@ -568,7 +582,8 @@ def determinant(x: torch.Tensor, r: torch.Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@IN_PIECES
+@pytest.mark.parametrize("seed", range(2))
 def test_cdpruner_takes_the_largest_determinant(seed: int):
     image = shown(30, seed)
     assert CDPruner().select(image, 7).tolist() == determinant(image.features, torch.ones(30), 7)
@@ -635,7 +650,8 @@ def vispruner(image: Image, keep: int) -> list[int]:
     return sorted(kept + rest)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@IN_PIECES
+@pytest.mark.parametrize("seed", range(2))
 def test_vispruner(seed: int):
     image = shown(60, seed)
     for keep in (7, 20, 59):
@@ -661,6 +677,7 @@ def merged(image: Image, chosen: list[int], rest: bool) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@IN_PIECES
 @pytest.mark.parametrize("seed", range(2))
 def test_prumerge(seed: int):
     image = shown(60, seed)

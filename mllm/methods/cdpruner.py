@@ -11,6 +11,7 @@ import torch
 
 from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune
+from vision_attn.mllm.methods.divprune import products
 
 LEAST = 1e-12
 
@@ -95,12 +96,12 @@ def greedy(unit: torch.Tensor, relevance: torch.Tensor, keep: int) -> torch.Tens
     Paper: Fast Greedy MAP Inference for Determinantal Point Process to Improve Recommendation Diversity.
     """
     rows, gain = unit * relevance[:, None], relevance.square()
-    basis = rows.new_zeros(keep, len(rows))
+    pairs, basis = products(rows), rows.new_zeros(keep, len(rows))
     chosen = []
     for step in range(keep):
         best = gain.argmax()
         chosen.append(best)
-        edge = (rows @ rows[best] - basis[:step, best] @ basis[:step]) / gain[best].clamp(min=LEAST).sqrt()
+        edge = (pairs(best) - basis[:step, best] @ basis[:step]) / gain[best].clamp(min=LEAST).sqrt()
         basis[step] = edge
         gain = (gain - edge.square()).clamp(min=LEAST)
         gain[torch.stack(chosen)] = -torch.inf

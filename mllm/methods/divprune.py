@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from vision_attn.mllm.image import Image
 from vision_attn.mllm.method import InputPrune
 
 ROWS = 512  # tokens whose distances to all others exist at once
+FEW = 1024  # up to so many tokens, a map of all pairs is small, and faster than one row at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,17 @@ class DivPrune(InputPrune):
             distance.diagonal(start).fill_(torch.inf)
             nearest.append(distance.amin(1))
         chosen = [torch.cat(nearest).argmax()]
-        apart = torch.full_like(unit[:, 0], torch.inf)
+        apart, cosines = torch.full_like(unit[:, 0], torch.inf), products(unit)
         for _ in range(keep - 1):
-            apart = torch.minimum(apart, 1 - unit @ unit[chosen[-1]])
+            apart = torch.minimum(apart, 1 - cosines(chosen[-1]))
             apart[chosen[-1]] = -torch.inf
             chosen.append(apart.argmax())
         return torch.stack(chosen).sort().values
+
+
+def products(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes `rows @ rows[index]` `[n]` of an index."""
+    if len(rows) > FEW:
+        return lambda index: rows @ rows[index]
+    pairs = rows @ rows.T
+    return lambda index: pairs[index]
