@@ -58,6 +58,8 @@ _PUBLIC = {
     "VTCCLS": "methods.vtccls",
     "ZipVL": "methods.zipvl",
     "ZeroTuning": "methods.zerotuning",
+    "search_gamma": "methods.zerotuning",
+    "answer_entropy": "methods.zerotuning",
     "PAINT": "methods.paint",
     "ACT": "methods.act",
     "fit_act": "methods.act",

@@ -68,6 +68,7 @@ class Around(Method):
     """Computes the attention of some layers in another way, for prompts with and without images."""
 
     text: ClassVar[bool] = True
+    anew: ClassVar[bool] = False  # computes rows by itself, so that what is done to them before is lost
     grids: ClassVar[bool] = False  # it wants to know where the tokens lie in their pictures
 
     def where(self, layers: int) -> tuple[int, ...]:
@@ -82,6 +83,13 @@ class Around(Method):
 
 def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], None]]) -> None:
     """Put methods around the attention of the text model. They are silent while a second branch runs."""
+    edits = [method.name for method in engine.rows]
+    methods = sorted(methods, key=lambda method: not method.anew)  # these inside, the others see what they do
+    if edits and methods[0].anew:
+        raise ValueError(
+            f"{type(methods[0]).__name__} computes rows of attention anew, and {', '.join(edits)} would edit the same "
+            "ones; attach one of them"
+        )
     undo.append(switch(engine.config))
     modules = [layer.self_attn for layer in engine.model.get_decoder().layers]
     pictures = Pictures(engine, undo) if any(method.grids for method in methods) else None

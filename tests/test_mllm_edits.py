@@ -10,24 +10,29 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, PRUNED, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm.interface import listen, switch  # noqa: E402
 from vision_attn.mllm.methods import act  # noqa: E402
 from vision_attn.mllm.methods.act import ACT, fit_act  # noqa: E402
 from vision_attn.mllm.methods.paint import PAINT  # noqa: E402
-from vision_attn.mllm.methods.zerotuning import ZeroTuning  # noqa: E402
+from vision_attn.mllm.methods.zerotuning import ZeroTuning, answer_entropy, search_gamma  # noqa: E402
 
 ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
+ALONE = [[3, "image", 4], [5, "image", 2]]  # InstructBLIP wants an image in every row
 CLOSE = dict(atol=2e-4, rtol=2e-4)
-EVERY = pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
+EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
 
 
 @pytest.fixture(autouse=True)
 def inference():
     with torch.no_grad():
         yield
+
+
+def prompt_of(vlm: VLM) -> dict[str, Any]:
+    return vlm.inputs(ALONE if vlm.name == "InstructBlip" else ROWS)
 
 
 def with_maps(
@@ -82,7 +87,7 @@ def scaled_first(gamma: float, layers: tuple[int, ...], heads: list[int]) -> Cal
 
 @EVERY
 def test_zerotuning_scales_the_first_column(vlm: VLM):
-    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    model, inputs = vlm.build(), prompt_of(vlm)
     with mllm.attach(model, ZeroTuning(gamma=3.0, layers=(0, 1, 3), heads=(0, 4))):
         _, found = generate(model, inputs, tokens=4)
     wanted = with_maps(model, inputs, scaled_first(3.0, (0, 1, 3), [0, 4]))
@@ -158,7 +163,7 @@ HEADS = ((0, 1), (1, 0), (1, 5), (2, 3))
 @EVERY
 def test_act_calibrates_full_maps(vlm: VLM, monkeypatch):
     monkeypatch.setattr(act, "ROWS", 7)
-    model, inputs = vlm.build(), vlm.inputs(ROWS)
+    model, inputs = vlm.build(), prompt_of(vlm)
     with mllm.attach(model, ACT(HEADS, beta=0.3, threshold=0.06)):
         _, found = generate(model, inputs, tokens=4)
     wanted = with_maps(model, inputs, calibrated(HEADS, 0.3, 0.06))
@@ -184,6 +189,68 @@ def test_heads_that_do_not_hurt_are_kept():
     with pytest.raises(ValueError, match="ACT hurts in every head"):
         counted = iter(range(100, 0, -1))
         fit_act(model, lambda: next(counted), layers=(1,))
+
+
+def test_what_others_edit_is_scaled_too():
+    """ZeroTuning works on the rows that PAI edited, in either order; ACT computes its heads anew, and says so."""
+    model, inputs = VLMS["Gemma3"].build(), VLMS["Gemma3"].inputs(ROWS)
+    image, scale = inputs["input_ids"] == IMAGE, scaled_first(3.0, (0, 1, 2, 3), list(range(6)))
+
+    def edit(layer, weights, scores, first, seen):
+        if layer >= 2:
+            gone = seen - scores.shape[-1]
+            own = torch.nn.functional.pad(image, (0, seen - image.shape[1]))[:, None, None, gone:]
+            last = scores[:, :, -1:]
+            last = torch.where(own & last.isfinite(), last + 0.8 * last.abs(), last)
+            weights = torch.cat([weights[:, :, :-1], last.softmax(-1)], 2)
+        return scale(layer, weights, scores, first, seen)
+
+    wanted = with_maps(model, inputs, edit)
+    methods = ZeroTuning(gamma=3.0), mllm.PAI(alpha=0.8, gamma=1)
+    for order in (methods, methods[::-1]):
+        with mllm.attach(model, *order):
+            torch.testing.assert_close(generate(model, inputs, tokens=4)[1], wanted, **CLOSE)
+    with pytest.raises(ValueError, match="ACT computes rows of attention anew, and pai would edit"):
+        mllm.attach(model, mllm.PAI(gamma=1), ACT(HEADS))
+    edit = calibrated(HEADS, 0.3, 0.06)
+
+    def both(layer, weights, scores, first, seen):
+        return scale(layer, edit(layer, weights, scores, first, seen), scores, first, seen)
+
+    wanted = with_maps(model, inputs, both)
+    methods = ZeroTuning(gamma=3.0), ACT(HEADS, beta=0.3, threshold=0.06)
+    for order in (methods, methods[::-1]):
+        with mllm.attach(model, *order):
+            torch.testing.assert_close(generate(model, inputs, tokens=4)[1], wanted, **CLOSE)
+
+
+def test_gamma_is_searched():
+    vlm = VLMS["Llava"]
+    model, inputs = vlm.build(), single(vlm, ROWS, 0)
+    stock = model(**inputs).logits
+
+    def measure() -> float:
+        return -answer_entropy(model, inputs)
+
+    p = stock[0, -1].double().softmax(-1)
+    assert abs(measure() - float((p * p.log()).sum())) < 1e-4
+    tried = {}
+    for gamma in (0.5, 1.0, 4.0):
+        with mllm.attach(model, ZeroTuning(gamma, layers=(1, 2))):
+            tried[gamma] = measure()
+    found = search_gamma(model, measure, tuple(tried), layers=(1, 2))
+    assert found == ZeroTuning(max(tried, key=tried.get), layers=(1, 2)) and len(set(tried.values())) == 3
+    effects = []
+    for head in range(6):
+        with mllm.attach(model, ZeroTuning(4.0, heads=(head,))):
+            effects.append(measure() - tried[1.0])
+    groups = [tuple(h for h in range(6) if effects[h] > 0), tuple(h for h in range(6) if effects[h] < 0)]
+    assert search_gamma(model, measure, (0.5, 4.0), probe=4.0).heads == max(groups, key=len)
+    assert torch.equal(model(**inputs).logits, stock)
+    with pytest.raises(ValueError, match="needs gammas to try"):
+        search_gamma(model, measure, ())
+    with pytest.raises(ValueError, match="leaves the measure at 1"):
+        search_gamma(model, lambda: 1.0, probe=2.0)
 
 
 def test_numbers_out_of_range():

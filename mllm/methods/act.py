@@ -23,7 +23,7 @@ class ACT(Around):
     A sink of a head is a token that receives, on average over the rows that see it, more than `threshold` of their
     attention; the first one of a prompt is left as it is. Sinks are found while the prompt is read and stay the same
     afterwards: the authors' code looks for them again in each generated row, where only the first token would be left.
-    All rows of these heads are computed anew, some at a time.
+    All rows of these heads are computed anew, some at a time, so methods that edit rows cannot be attached with it.
 
     Args:
         heads: (layer, query head) pairs. There is no list that fits all models: `fit_act` finds one. The published
@@ -45,6 +45,7 @@ class ACT(Around):
     beta: float = 0.4
     threshold: float = 0.1
     name: ClassVar[str] = "act"
+    anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
@@ -78,10 +79,9 @@ class ACT(Around):
         sinks = call.at_keys(call.notes[call.layer])[:, heads] > 0
         for rows in cuts:
             w = row_weights(q, own_k, call.mask, call.scale, rows)
-            taken = (w * sinks).sum(-1, keepdim=True)
-            left = 1 - taken
-            gain = 1 + (1 - self.beta) * taken / left.clamp(min=1e-6)
-            w = torch.where(left > 1e-6, torch.where(sinks, self.beta * w, gain * w), w)
+            taken, left = ((w * part).sum(-1, keepdim=True) for part in (sinks, ~sinks))
+            gain = 1 + (1 - self.beta) * taken / left
+            w = torch.where(left > 1e-9, torch.where(sinks, self.beta * w, gain * w), w)
             out[:, rows, heads] = (w @ own_v).transpose(1, 2).to(out.dtype)
         return out
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from vision_attn.mllm.around import Around, Call, check_layers
+from vision_attn.mllm.attachment import attach
 
 PAD = 8  # kernels want head sizes that this divides
 
@@ -73,3 +75,53 @@ def check_heads(name: str, heads: Any, count: int) -> None:
     bad = [head for head in heads or () if not isinstance(head, int) or not 0 <= head < count]
     if bad:
         raise ValueError(f"{name}: head {bad[0]!r}; the text model has heads 0 to {count - 1}")
+
+
+def search_gamma(
+    model: Any, measure: Callable[[], float], gammas: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0),
+    layers: tuple[int, ...] | None = None, probe: float | None = None,
+) -> ZeroTuning:  # fmt: skip
+    """ZeroTuning with the gamma that is best on some samples; the first of those that are equally good.
+
+    Args:
+        model: as for `attach`, with nothing attached.
+        measure: how good the model is, the larger the better: accuracy on a few labelled samples, or without labels
+            `lambda: -answer_entropy(model, inputs)`.
+        gammas: to try; 1 is the plain model.
+        layers: of the text model, from 0; None for all.
+        probe: a gamma, tried first for each head alone in all these layers; only heads that it helps are tuned
+            together, or those that it hurts, if they are more. None for all heads.
+
+    Raises:
+        ValueError: no gammas, or the probe changes nothing in any head.
+
+    Paper: ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training.
+    """
+
+    def tried(gamma: float, heads: tuple[int, ...] | None) -> float:
+        with attach(model, ZeroTuning(gamma, layers, heads)):
+            return measure()
+
+    if not gammas:
+        raise ValueError("search_gamma needs gammas to try, such as (0.5, 1.0, 2.0)")
+    heads = None
+    if probe is not None:
+        plain, count = measure(), model.config.get_text_config().num_attention_heads
+        effects = [tried(probe, (head,)) - plain for head in range(count)]
+        groups = [tuple(h for h, effect in enumerate(effects) if sign * effect > 0) for sign in (1, -1)]
+        heads = max(groups, key=len)
+        if not heads:
+            raise ValueError(f"a gamma of {probe} in any single head leaves the measure at {plain}; try a stronger one")
+    found = [tried(gamma, heads) for gamma in gammas]
+    return ZeroTuning(gammas[found.index(max(found))], layers, heads)
+
+
+@torch.no_grad()
+def answer_entropy(model: Any, inputs: dict[str, Any]) -> float:
+    """Entropy of the distribution of the next token, in nats, mean over the rows of a batch of prompts.
+
+    Args:
+        inputs: as for a call of the model, padded on the left.
+    """
+    log = model(**inputs).logits[:, -1].float().log_softmax(-1)
+    return float(-(log.exp() * log).nan_to_num().sum(-1).mean())
