@@ -74,9 +74,10 @@ def _anyres(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tens
     return base.pack_image_features(x.split(counts), sizes, **given)[0]
 
 
-def _grids(call: dict[str, Any]) -> list[list[int]]:
-    """Frames, rows and columns of patches of every image."""
-    return call.get("image_grid_thw", call.get("video_grid_thw")).tolist()
+def frame_sizes(call: dict[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of patches of every image and frame, where a tower reads all of them as one sequence."""
+    grids = call.get("image_grid_thw", call.get("video_grid_thw"))
+    return [] if grids is None else [(h, w) for frames, h, w in grids.tolist() for _ in range(frames)]
 
 
 def _quartet(base: Any, x: torch.Tensor) -> torch.Tensor:
@@ -87,15 +88,14 @@ def _quartet(base: Any, x: torch.Tensor) -> torch.Tensor:
 def _frames(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
     """All images and frames one after the other."""
     group = base.config.vision_config.spatial_merge_size**2
-    return list(x[0].split([h * w // group for frames, h, w in _grids(call) for _ in range(frames)]))
+    return list(x[0].split([h * w // group for h, w in frame_sizes(call)]))
 
 
 def _windowed(base: Any, x: torch.Tensor, call: dict[str, Any]) -> list[torch.Tensor]:
     """As `_frames`, after undoing the order of windows in which the tower works."""
     config, found = base.config.vision_config, []
     side = config.window_size // config.spatial_merge_size // config.patch_size
-    sizes = [(h, w) for frames, h, w in _grids(call) for _ in range(frames)]
-    for part, (height, width) in zip(_frames(base, x, call), sizes, strict=True):
+    for part, (height, width) in zip(_frames(base, x, call), frame_sizes(call), strict=True):
         h, w = height // config.spatial_merge_size, width // config.spatial_merge_size
         place = torch.arange(h * w, device=part.device).view(h, w)
         order = torch.cat([window.flatten() for rows in place.split(side) for window in rows.split(side, 1)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vision_attn.hosts import AttachError
-from vision_attn.mllm.families import Family
+from vision_attn.mllm.families import Family, frame_sizes
 from vision_attn.mllm.interface import Compute, listen, switch
 
 ROWS = 1024  # query rows whose weights exist at once
@@ -165,7 +165,8 @@ class TowerWatch:
         if self.used:
             self.seen, self.used = {}, False
         call = inspect.signature(plain).bind(*args, **kwargs).arguments
-        lengths = [h * w for h, w in _frames(call)] or None
+        sizes = frame_sizes(call)
+        lengths = [h * w for h, w in sizes] or None
         values = self._values(out, lengths)
         for _, layer in self.layers.values():
             layer.clear()
@@ -173,7 +174,7 @@ class TowerWatch:
         laid = {name: self.family.layout(self.base, value, call) for name, value in values.items()}
         parts = [dict(zip(laid, part, strict=True)) for part in zip(*laid.values(), strict=True)]
         for number, part in enumerate(parts):
-            shape = self._shape(part, None if lengths is None else _frames(call)[number])
+            shape = self._shape(part, sizes[number] if sizes else None)
             part["grid"] = torch.tensor(shape).expand(_tokens(part), 2)
         self.seen.setdefault(kind, []).extend(parts)
         return out
@@ -256,9 +257,3 @@ class TowerWatch:
 
 def _tokens(seen: Seen) -> int:
     return len(next(iter(seen.values())))
-
-
-def _frames(call: dict[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns of patches of every image or frame, where a tower reads all of them as one sequence."""
-    grids = call.get("image_grid_thw", call.get("video_grid_thw"))
-    return [] if grids is None else [(h, w) for frames, h, w in grids.tolist() for _ in range(frames)]

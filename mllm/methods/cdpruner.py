@@ -82,7 +82,7 @@ class CDPruner(InputPrune):
         patches = clip.visual_projection(
             clip.vision_model.post_layernorm(image.vision.to(clip.visual_projection.weight))
         )
-        words = clip.get_text_features(self.encode(image.ids)).pooler_output.to(patches)
+        words = clip.get_text_features(self.encode(image.ids).to(patches.device)).pooler_output.to(patches)
         patches, words = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (patches, words))
         found = -(patches @ words.T).mean(1)
         low, high = found.aminmax()

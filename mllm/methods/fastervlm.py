@@ -18,6 +18,12 @@ class FasterVLM(VTCCLS):
         keep: visual tokens of an image that stay: a share above 0 and up to 1 (float), or a count (int).
         start_layer: as in `VTCCLS`, which with several layers it is.
 
+    >>> import torch
+    >>> from vision_attn.mllm.image import Image
+    >>> attention = torch.tensor([[0.1, 0.3, 0.2, 0.4]])
+    >>> FasterVLM(keep=2).select(Image(torch.zeros(4, 8), torch.zeros(2, 8), attention=attention), 2).tolist()
+    [1, 3]
+
     Paper: [CLS] Attention is All You Need for Training-Free Visual Token Pruning.
     """
 

@@ -27,6 +27,13 @@ class PruMerge(InputPrune):
         keep: None, as released: patches with attention above `Q3 + 1.5 (Q3 - Q1)`, so many as there are. Or the visual
             tokens of an image that stay, that for the rest included: a share above 0 and up to 1 (float), or a count.
 
+    >>> import torch
+    >>> attention, keys = torch.tensor([[0.125, 0.125, 0.5, 0.125, 0.125]]), torch.ones(5, 1, 2)
+    >>> seen = dict(attention=attention, keys=keys, vision=torch.ones(5, 1), project=lambda rows: rows)
+    >>> places, features = PruMerge().select(Image(torch.zeros(5, 1), torch.zeros(2, 1), **seen), 5)
+    >>> places.tolist(), features.tolist()
+    ([2, 4], [[1.5], [0.5]])
+
     Paper: LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models.
     """
 
@@ -82,6 +89,12 @@ class PruMergePlus(PruMerge):
 
     Args:
         keep: as for `PruMerge`.
+
+    >>> import torch
+    >>> attention, keys = torch.full((1, 9), 0.125), torch.ones(9, 1, 2)
+    >>> seen = dict(attention=attention, keys=keys, vision=torch.ones(9, 1), project=lambda rows: rows)
+    >>> PruMergePlus().select(Image(torch.zeros(9, 1), torch.zeros(2, 1), **seen), 9)[0].tolist()
+    [0, 3, 6, 8]
 
     Paper: LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models.
     """

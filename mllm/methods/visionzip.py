@@ -29,6 +29,13 @@ class VisionZip(InputPrune):
     Raises:
         ValueError: an option outside of these.
 
+    >>> import torch
+    >>> attention, keys = torch.tensor([[0.4, 0.1, 0.3, 0.2]]), torch.ones(4, 1, 2)
+    >>> seen = dict(attention=attention, keys=keys, vision=torch.eye(4), project=lambda rows: rows)
+    >>> places, features = VisionZip(contextual=0.5).select(Image(torch.zeros(4, 4), torch.zeros(2, 4), **seen), 2)
+    >>> places.tolist(), features.tolist()
+    ([0, 1], [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.5]])
+
     Paper: VisionZip: Longer is Better but Not Necessary in Vision Language Models.
     """
 
