@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from vision_attn.mllm.image import Layer
@@ -31,6 +32,7 @@ class Row:
         kind: "baseline", "prune", "steer" or "both", the parts of the table.
         control: the row that says what the idea adds to what any method of its cost would do.
         prepare: makes the methods for a model, where they have to be fitted or calibrated to it.
+        look: from a model, a picture and a question to the picture that is answered from, where that is another.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Row:
     kind: str = "steer"
     control: str = ""
     prepare: Callable[[Student], tuple[Method, ...]] | None = None
+    look: Callable[[Student, np.ndarray, str], np.ndarray] | None = None
 
     def built(self, student: Student) -> tuple[Method, ...]:
         """The methods to attach."""
@@ -47,7 +50,7 @@ class Row:
 
     def key(self) -> str:
         """What its answers depend on, besides the code."""
-        return f"{self.name} {self.methods}"  # what `prepare` does is in the name
+        return f"{self.name} {self.methods}"  # what `prepare` and `look` do is in the name
 
 
 BASELINES = [Row(GREEDY, kind="baseline"), Row(THRESHOLD, kind="baseline"), Row(BLIND, kind="baseline")]
@@ -93,16 +96,10 @@ def _streaming(student: Student) -> tuple[Method, ...]:
 
 
 def _searched(student: Student) -> tuple[Method, ...]:
-    """G-Search on pictures that are in no exam; the score is the accuracy over the questions of all splits."""
     from vision_attn.mllm.schedules import search_schedule
 
-    drawn = _practice(student, 30)
-
-    def score(model: Any) -> float:
-        said = student.answer(drawn)[0]
-        return sum(yes == q.label for yes, q in zip(said, drawn.questions, strict=True)) / len(said)
-
-    return (search_schedule(student.model, score, tokens=(student.tokens, 12), steps=8).schedule,)
+    found = search_schedule(student.model, _accuracy(student, 30), tokens=(student.tokens, 12), steps=8)
+    return (found.schedule,)
 
 
 def _routed(student: Student) -> tuple[Method, ...]:
@@ -124,15 +121,59 @@ def _routed(student: Student) -> tuple[Method, ...]:
 
 
 def _practice(student: Student, images: int) -> Exam:
+    """Pictures that are in no exam."""
     from vision_attn.mllm.exam import exam
 
     return exam(images, seed=3000, cell=student.cell)
+
+
+def _accuracy(student: Student, images: int) -> Callable[..., float]:
+    """Of the answers to all questions on so many of them, with what is attached when it is called."""
+    drawn = _practice(student, images)
+
+    def measure(*_: Any) -> float:
+        said = student.answer(drawn)[0]
+        return sum(yes == q.label for yes, q in zip(said, drawn.questions, strict=True)) / len(said)
+
+    return measure
+
+
+def _calibrated(student: Student) -> tuple[Method, ...]:
+    from vision_attn.mllm.methods.act import fit_act
+
+    return (fit_act(student.model, _accuracy(student, 20)),)
+
+
+def _blinded(student: Student) -> tuple[Method, ...]:
+    from vision_attn.mllm import tiny
+    from vision_attn.mllm.methods.visualheadmask import VisualHeadMask
+
+    drawn = _practice(student, 40)
+    inputs = student.inputs(drawn.pictures, [tiny.DESCRIBE] * len(drawn.pictures))
+    return (VisualHeadMask.calibrate(student.model, [inputs]),)
 
 
 def _disturbed(student: Student) -> tuple[Method, ...]:
     from vision_attn.mllm.methods.icd import ICD
 
     return (ICD(tuple(student.words(ICD.INSTRUCTION.lower(), add_special_tokens=False).input_ids)),)
+
+
+def _carved(student: Student, picture: np.ndarray, question: str) -> np.ndarray:
+    """CARVE's refined picture alone: models of one picture cannot be shown both. Its own answer from it is not used."""
+    from PIL import Image
+
+    from vision_attn.mllm import tiny
+    from vision_attn.mllm.carve import CARVE
+
+    def pixels(shown: Any) -> np.ndarray:
+        return np.asarray(shown.resize(picture.shape[1::-1], Image.Resampling.BICUBIC))
+
+    def read(pictures: list[Any], text: str) -> dict[str, Any]:
+        return student.inputs(list(map(pixels, pictures)), [text])
+
+    method = CARVE(steps=4, pair=False, general=tiny.DESCRIBE, suffix="")
+    return pixels(method(student.model, read, Image.fromarray(picture), question).refined)
 
 
 def _at_layer(label: str, method: str) -> Row:
@@ -167,15 +208,32 @@ OWN: dict[str, list[Row]] = {
         Row("ZipVL, quantize", {"zipvl": {"recent": 8, "probes": 16, "mode": "quantize"}}, "prune"),
     ],
     "icd": [Row("ICD, in words it does not know", {"icd": {}}, prepare=_disturbed)],
+    "neighbor-visual": [Row("NeighborVisualAttention", {"neighbor-visual": {}}, "prune")],
+    "visual-heads": [Row("VisualHeadMask, calibrated", {"visual-heads": {}}, "prune", prepare=_blinded)],
+    "damro": [Row("DAMRO, 4 patches", {"damro": {"k": 4}})],
+    "pai": [
+        Row("PAI", {"pai": {}}),
+        Row("PAI, attention alone, alpha 0.5", {"pai": {"alpha": 0.5, "gamma": 1.0}}),
+    ],
+    "gift": [Row(f"GIFT, alpha {alpha:g}", {"gift": {"alpha": alpha}}) for alpha in (1.0, 5.0)],
+    "act": [Row("ACT, fitted", {"act": {}}, prepare=_calibrated)],
     "zerotuning": [Row(f"ZeroTuning, gamma {gamma}", {"zerotuning": {"gamma": gamma}}) for gamma in (0.5, 2.0)],
 }
 CONTROLS = [
     Row(BLIND_LAYER, kind="prune", prepare=lambda student: (RandomLayer(),)),
     Row(BLIND_CACHE, kind="prune", prepare=lambda student: (RandomCache(),)),
 ]
-BOTH: list[Row] = []
+PROCEDURES = [Row("CARVE, its picture alone", look=_carved)]  # what works around `generate`, and is not attached
+BOTH = [
+    Row("HoloV + VHR", {"holov": {"keep": KEEP}, "vhr": {}}, "both", "HoloV"),
+    Row("FastV + GIFT, alpha 1", {"fastv": {"keep": KEEP}, "gift": {"alpha": 1.0}}, "both", "FastV"),
+]
 # Methods of the registry without a row, and why.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT = {
+    "agla": "it needs a matcher of pictures and questions, and there is none for this world",
+    "var": "the models have no attention sinks: `find_sinks` finds no dimension, neither above 20 nor above 5",
+    "visual-blocks": "it leaves prompts of one picture as they are",
+}
 
 
 @functools.cache
@@ -190,7 +248,7 @@ def rows() -> list[Row]:
         found += OWN.get(name, [] if name in LEFT_OUT else [own])
     first = (RANDOM, "UniformPrune", BLIND_LAYER, BLIND_CACHE)
     found = sorted([*CONTROLS, *found], key=lambda row: (row.kind != "prune", row.name not in first))
-    return [*BASELINES, *found, *BOTH]
+    return [*BASELINES, *found, *BOTH, *PROCEDURES]
 
 
 def taken() -> list[Row]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -31,19 +32,19 @@ from tqdm import tqdm
 from vision_attn.mllm import tiny
 from vision_attn.mllm.attachment import attach
 from vision_attn.mllm.comparison import GREEDY, Row, taken
-from vision_attn.mllm.contrast import Contrast
-from vision_attn.mllm.exam import Exam, Student, exam
+from vision_attn.mllm.exam import Exam, Look, Student, exam
 from vision_attn.mllm.report import cache_bytes, prefill_flops
 
 STALE = 1800  # seconds after which another run's claim on a cell no longer counts
 ROUNDS = 10  # of timing
+CUTS = ("vcd", "icd", "m3id", "damro", "pai", "dola", "agla")  # methods whose `beta` rules tokens out
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """How the exam is drawn; `partners` is the probability of each partner of an anchor."""
 
-    images: int = 200
+    images: int = 150
     partners: float = 0.5
     seed: int = 1000
 
@@ -106,14 +107,15 @@ def load(folder: Path) -> Student:
 def take(student: Student, row: Row, questions: Questions) -> dict[str, Any]:
     """Let a model take the exam in the way of a row: answers, captions, and what the first token costs."""
     drawn, methods = questions.draw(student.cell), row.built(student)
+    look = None if row.look is None else functools.partial(row.look, student)
     start = time.process_time()
     with _with(student, methods):
-        said, margins = student.answer(drawn)
-        captions = student.caption(drawn)
+        said, margins = student.answer(drawn, look)
+        captions = student.caption(drawn, look)
     seconds = time.process_time() - start
-    record = {"said": said, "captions": captions, "seconds": seconds, **cost(student, methods, drawn)}
-    uncut = tuple(dataclasses.replace(m, beta=0.0) if _cuts(m) else m for m in methods)
-    if uncut != methods:  # ruled out tokens have no margin
+    record = {"said": said, "captions": captions, "seconds": seconds, **cost(student, methods, drawn, look)}
+    uncut = tuple(dataclasses.replace(m, beta=0.0) if m.name in CUTS else m for m in methods)
+    if uncut != methods:  # tokens that are ruled out have no margin
         with _with(student, uncut):
             margins = student.answer(drawn)[1]
     record["margins"] = margins
@@ -122,15 +124,11 @@ def take(student: Student, row: Row, questions: Questions) -> dict[str, Any]:
     return record
 
 
-def _cuts(method: Any) -> bool:
-    return isinstance(method, Contrast) and any(field.name == "beta" for field in dataclasses.fields(method))
-
-
 def _with(student: Student, methods: tuple) -> contextlib.AbstractContextManager:
     return attach(student.model, *methods) if methods else contextlib.nullcontext()
 
 
-def cost(student: Student, methods: tuple, drawn: Exam) -> dict[str, Any]:
+def cost(student: Student, methods: tuple, drawn: Exam, look: Look | None = None) -> dict[str, Any]:
     """What reading one prompt and saying one word takes, alone in its batch.
 
     FLOPs follow by formula from the tokens that reach each layer of the text model, in every pass, those of second
@@ -138,7 +136,12 @@ def cost(student: Student, methods: tuple, drawn: Exam) -> dict[str, Any]:
     Times are those of the processor, median of rounds in which the untouched model takes turns.
     """
     layers, config = student.model.get_decoder().layers, student.model.config.get_text_config()
-    inputs = student.inputs(drawn.pictures[:1], [tiny.DESCRIBE])
+    picture = drawn.pictures[0]
+
+    def generate(look: Look | None) -> None:
+        shown = picture if look is None else look(picture, tiny.DESCRIBE)
+        student.generate(student.inputs([shown], [tiny.DESCRIBE]), 1)
+
     passes: list[list[int]] = []
     caches: dict[int, Any] = {}
 
@@ -156,15 +159,15 @@ def cost(student: Student, methods: tuple, drawn: Exam) -> dict[str, Any]:
             layer.register_forward_pre_hook(lambda *call, number=number: watch(number, *call), with_kwargs=True)
             for number, layer in enumerate(layers)
         ]
-        student.generate(inputs, 1)
+        generate(look)
         for handle in undo:
             handle.remove()
         read = None if run is None else run.report.prompts[0]
     for _ in range(ROUNDS + 2):
-        for name, attached in (("plain_first", ()), ("first", methods)):
+        for name, attached, seen in (("plain_first", (), None), ("first", methods, look)):
             with _with(student, attached):
                 start = time.process_time()
-                student.generate(inputs, 1)
+                generate(seen)
                 times[name].append(time.process_time() - start)
     visual = student.tokens
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from vision_attn.mllm.mentions import Chair
 from vision_attn.mllm.metrics import SPLITS, Question, pope_questions, says_yes
 from vision_attn.shapes.crowd import CELL, CELLS, CONTEXTS, KINDS, Crowd, describe, draw_crowd, sample_crowd
 
+Look = Callable[[np.ndarray, str], np.ndarray]
 CHAIR = Chair([kind] for kind in KINDS)
 LONGEST = 48  # tokens of a caption; seven things take 37
 
@@ -105,35 +106,39 @@ class Student:
         ids, mask = read.input_ids.to(device), read.attention_mask.to(device)
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny.pixels(pictures).to(device, dtype)}
 
-    def _batches(self, pictures: list[np.ndarray], questions: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(
+        self, pictures: list[np.ndarray], questions: list[str], look: Look | None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(questions), self.batch):
             part = slice(start, start + self.batch)
-            yield self.inputs(pictures[part], questions[part])
+            shown = pictures[part] if look is None else list(map(look, pictures[part], questions[part]))
+            yield self.inputs(shown, questions[part])
 
     def generate(self, inputs: dict[str, torch.Tensor], new: int, **options: Any) -> Any:
         """Greedy decoding of at most `new` tokens."""
         return self.model.generate(**inputs, do_sample=False, max_new_tokens=new, **options)
 
-    def answer(self, drawn: Exam) -> tuple[list[bool], list[float]]:
+    def answer(self, drawn: Exam, look: Look | None = None) -> tuple[list[bool], list[float]]:
         """For each of `drawn.questions`, whether the answer is yes, and by how much: the logit of yes less that of no.
 
-        Both are read off the scores from which the first token is chosen, so a second branch counts; a token that was
-        ruled out has a logit of minus infinity, and two of them a margin of 0.
+        Both are read off the scores from which the first token is chosen, so a second branch counts, and so does
+        what rules tokens out; where both have a logit of minus infinity the margin is 0. `look` makes the picture that
+        a question is answered from.
         """
         asked = drawn.questions
         texts = [tiny.ask(KINDS.index(question.object)) for question in asked]
         said, margins = [], []
-        for inputs in self._batches([drawn.pictures[question.image] for question in asked], texts):
+        for inputs in self._batches([drawn.pictures[question.image] for question in asked], texts, look):
             out = self.generate(inputs, 1, output_scores=True, return_dict_in_generate=True)
             scores = out.scores[0].float()
             margins += (scores[:, self.yes] - scores[:, self.no]).nan_to_num(0, torch.inf, -torch.inf).tolist()
             said += [says_yes(text) for text in self.words.batch_decode(out.sequences[:, -1:])]
         return said, margins
 
-    def caption(self, drawn: Exam) -> list[str]:
+    def caption(self, drawn: Exam, look: Look | None = None) -> list[str]:
         """A caption of every picture."""
         found = []
-        for inputs in self._batches(drawn.pictures, [tiny.DESCRIBE] * len(drawn.pictures)):
+        for inputs in self._batches(drawn.pictures, [tiny.DESCRIBE] * len(drawn.pictures), look):
             out = self.generate(inputs, LONGEST)[:, inputs["input_ids"].shape[1] :]
             found += self.words.batch_decode(out, skip_special_tokens=True)
         return found

@@ -216,7 +216,7 @@ Scores are means over the models. Per model: [evaluation.csv](results/evaluation
 """
 _KINDS = {
     "baseline": "Baselines",
-    "prune": f"Dropping tokens, {KEEP:.0%} of them kept unless the row says otherwise",
+    "prune": f"Pruning and other savings, {KEEP:.0%} of the tokens kept where nothing else is said",
     "steer": "Steering",
     "both": "Both together",
 }
@@ -236,11 +236,21 @@ def page(found: list[dict[str, Any]], cache: Cache) -> str:
             if shown:
                 parts.append(f"### {title}\n\n{_rows(shown, mine, most)}\n")
         parts.append(_no_help(mine))
-    if LEFT_OUT:
-        parts.append(
-            "## Not in the table\n\n" + "\n".join(f"- {name}: {why}." for name, why in LEFT_OUT.items()) + "\n"
-        )
+    left = "\n".join(f"- {name}: {why}." for name, why in LEFT_OUT.items())
+    parts.append(f"## Not in the table\n\n{left}\n")
+    parts.append(f"## Settings\n\n{_settings({one['row'] for one in found})}\n")
     return "\n".join(parts)
+
+
+def _settings(shown: set[str]) -> str:
+    """Options that are not the defaults of a method."""
+    lines = []
+    for row in rows():
+        calls = [f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" for name, given in row.methods.items()]
+        fitted = ", fitted to each model on other pictures" if row.prepare is not None else ""
+        if row.name in shown and row.methods and (fitted or any(row.methods.values())):
+            lines.append(f"- {row.name}: {' + '.join(calls)}{fitted}")
+    return "\n".join(lines)
 
 
 def _rows(shown: list[dict[str, Any]], mine: list[dict[str, Any]], most: int) -> str:
