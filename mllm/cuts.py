@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from vision_attn.hosts import AttachError
 from vision_attn.mllm.caches import RaggedLayer
-from vision_attn.mllm.engine import Engine
+from vision_attn.mllm.engine import Engine, used_cache
 from vision_attn.mllm.image import Layer
 from vision_attn.mllm.interface import Compute, listen, listeners, switch
 from vision_attn.mllm.tokens import Tokens, keys_of, take, take_mask, take_positions
@@ -164,7 +164,7 @@ class Cuts:
     def _leave(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         engine = self.engine
         if engine.reading and engine.current is not None and engine.cache is not None:
-            self._shorten_cache(kwargs.get("past_key_values"))
+            self._shorten_cache(used_cache(kwargs, output))
         if engine.reading:
             self.index, self.notes, self.views, self.masks = None, {}, [], {}
 

@@ -276,7 +276,9 @@ class Engine:
         prompt = self.current
         if prompt is None or not self.reading or self.branching:
             return
-        rows, last, cache = len(prompt.visual), prompt.tokens[-1], kwargs.get("past_key_values")
+        rows, last, cache = len(prompt.visual), prompt.tokens[-1], used_cache(kwargs, output)
+        if cache is not None:
+            self.prompts[cache] = prompt
         self.reads.append(
             Read(
                 rows=rows,
@@ -330,3 +332,9 @@ class Engine:
             kwargs["position_ids"] = first + step + self.family.first_position
         prompt.later = after + new
         kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), tokens, after, new)
+
+
+def used_cache(kwargs: dict[str, Any], output: Any) -> Any:
+    """The cache of a call of the text model, which makes one where it gets none; None without."""
+    given = kwargs.get("past_key_values")
+    return getattr(output, "past_key_values", None) if given is None else given

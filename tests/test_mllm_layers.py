@@ -339,3 +339,17 @@ def test_what_cannot_be_done_is_said():
     ):
         with pytest.raises(ValueError, match=words):
             make()
+
+
+def test_a_loop_of_calls_is_generate():
+    """Without `generate` the text model makes the cache, and what was dropped is known by it in the next call."""
+    model, inputs = LLAVA.build(), LLAVA.inputs(ROW)
+    with attach(model, FastV(keep=9)):
+        ids, logits = generate(model, inputs, tokens=3)
+        out = model(**inputs)
+        for i in range(2):
+            torch.testing.assert_close(out.logits[:, -1], logits[i], **CLOSE)
+            n = inputs["input_ids"].shape[1] + i
+            mask = torch.ones(1, n + 1, dtype=torch.long)
+            out = model(input_ids=ids[:, n : n + 1], attention_mask=mask, past_key_values=out.past_key_values)
+    torch.testing.assert_close(out.logits[:, -1], logits[2], **CLOSE)

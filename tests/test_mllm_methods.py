@@ -23,6 +23,7 @@ CLOSE = dict(atol=1e-4, rtol=1e-4)
 PRUNABLE = tuple(vlm.name for vlm in PRUNED)
 CLASS_TOKEN = tuple(vlm.name for vlm in PRUNED if vlm.tower == "cls")
 EVERYWHERE = tuple(VLMS)
+CAUSAL = tuple(name for name in PRUNABLE if name not in ("Gemma3", "PaliGemma"))
 SEVERAL_HEADS = tuple(name for name in PRUNABLE if name != "PaliGemma")
 GATES = {
     name: [[(3 * layer + 5 * head) % 7 for head in range(3 if name in SEVERAL_HEADS else 1)] for layer in range(4)]
@@ -67,6 +68,9 @@ METHODS: dict[str, Entry] = {
     "dart": Entry(lambda vlm: mllm.DART(keep=0.6, pivots=2)),
     "schedule": Entry(lambda vlm: mllm.TokenSchedule([1, 1, 0.5, 0.25], rows=3)),
     "visual-exit": Entry(lambda vlm: mllm.VisualExit(layer=3)),
+    "neighbor-visual": Entry(lambda vlm: mllm.NeighborVisualAttention(window=3)),
+    "visual-heads": Entry(lambda vlm: mllm.VisualHeadMask(((), (), (0, 3), (1, 4, 5)))),
+    "visual-blocks": Entry(lambda vlm: mllm.VisualBlockPattern(frame_window=0, block=4), CAUSAL),
     "kvprune": Entry(lambda vlm: mllm.KVPrune(keep=0.5, rows=4, pool=3), first=False),
     "streaming-heads": Entry(
         lambda vlm: mllm.StreamingHeads(table=GATES[vlm.name], sink=2, recent=6, compensate=True), first=False
