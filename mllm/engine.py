@@ -22,6 +22,7 @@ from vision_attn.hosts import AttachError
 from vision_attn.mllm.around import Around, stand_around
 from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.families import Family
+from vision_attn.mllm.heads import Gains, HeadGain
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
 from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
 from vision_attn.mllm.selection import choose, watch_for
@@ -46,6 +47,7 @@ class Prompt:
         seconds: host time spent on choosing what stays.
         asked: bool `[batch, length]`, the visual tokens before anything was dropped.
         real: bool `[batch, length]`, what is no padding.
+        ids: long `[batch, length]`; None where the prompt came as embeddings.
         stored: layer -> bool `[batch, kv_heads, n]`, which of `tokens` its shortened cache holds.
         remade: features were changed where tokens were dropped.
         later: tokens after the prompt in the cache, those of the running call included.
@@ -62,6 +64,7 @@ class Prompt:
     seconds: float = 0.0
     asked: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
     stored: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     remade: bool = False
     later: int = 0
@@ -82,6 +85,8 @@ class Engine:
         self.cache = next((m for m in methods if isinstance(m, CachePrune)), None)
         self.around = [m for m in methods if isinstance(m, Around)]
         self.rows = [m for m in methods if isinstance(m, RowEdit)]
+        self.gains = [m for m in methods if isinstance(m, HeadGain)]
+        self.preparing: list[Callable[[dict[str, Any]], None]] = []  # get the arguments of a call that reads a prompt
         self.textual = any(m.text for m in self.around)  # prompts without images matter too
         self.visual_mask = visual_mask
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
@@ -122,6 +127,8 @@ class Engine:
             self.watch.install(self._undo)
         if self.rows:
             edit_rows(self, self.rows, self._undo)
+        for method in self.gains:
+            Gains(self, method).install()
         if self.around:
             stand_around(self, self.around, self._undo)
         if self.contrast is not None:
@@ -179,9 +186,9 @@ class Engine:
         if self.ids is None:
             visual = self.visual_mask
         else:
+            if shape[0] % len(self.ids) == 0:  # seen before they were repeated for beams
+                self.ids = self.ids.repeat_interleave(shape[0] // len(self.ids), 0)
             visual = self.shows("image") | self.shows("video")
-            if shape[0] % len(visual) == 0:  # seen before it was repeated for beams
-                visual = visual.repeat_interleave(shape[0] // len(visual), 0)
         if visual is None or visual.shape != shape or shape[1] == 1 or not visual.any():
             return None
         return visual
@@ -221,7 +228,7 @@ class Engine:
         texts, images = valid.sum(1), tokens.visual.sum(1).tolist()
         prompt = Prompt(visual.shape[1], tokens, layers, list(layers), self.compact, texts, images)
         self.current = prompt
-        prompt.asked, prompt.real = visual, valid
+        prompt.asked, prompt.real, prompt.ids = visual, valid, self.ids
         if kwargs.get("position_ids") is None:  # the text model would number the shortened prompt
             kwargs["position_ids"] = self._numbers(valid)
         if self.input is None:
@@ -243,6 +250,9 @@ class Engine:
                 kwargs["deepstack_visual_embeds"] = [part[stays] for part in kwargs["deepstack_visual_embeds"]]
                 kwargs["visual_pos_masks"] = tokens.visual
         self.prepared, self.entered = kwargs["attention_mask"], kwargs["inputs_embeds"]
+        if not self.branching:
+            for prepare in self.preparing:
+                prepare(kwargs)
 
     def lent(self, tokens: Tokens, layer: int | None = None) -> torch.Tensor | None:
         """Bool `[batch, n]`: in a second branch, the `tokens` that the main prompt kept, at a layer or on entry; None

@@ -6,10 +6,11 @@ queries and keys, and what comes of them is put in place: the cost is that of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ class Rows:
 
     Args:
         layer: from 0.
+        layers: how many the text model has.
         prompt: what is known of the prompt.
         reading: it is being read; otherwise what follows it.
         columns: long `[batch, 1 or kv_heads, keys]`, which column of the padded prompt each key is; see `around.Call`.
@@ -34,6 +36,7 @@ class Rows:
     """
 
     layer: int
+    layers: int
     prompt: Any
     reading: bool
     columns: torch.Tensor
@@ -77,8 +80,6 @@ class RowEdit(Method):
     silent while a second branch runs, and rows of a batch without an image stay as they are.
     """
 
-    looks: ClassVar[bool] = False  # `enter` wants the residual stream
-
     def where(self, layers: int) -> tuple[int, ...]:
         """The layers, of so many, whose rows it wants."""
         raise NotImplementedError
@@ -91,8 +92,13 @@ class RowEdit(Method):
         the one before them, which is not `edited`."""
         return False
 
-    def enter(self, layer: int, hidden: torch.Tensor, tokens: Tokens, notes: dict[Any, Any]) -> None:
-        """Look at what enters a layer while the prompt is read, `[batch, n, width]`."""
+    def ahead(self, layers: int) -> tuple[int, ...]:
+        """The layers whose rows, as for `whole`, it wants to see before the prompt is read: another pass through the
+        text model, up to the last of them, in which nothing is edited and no layer drops tokens."""
+        return ()
+
+    def foresee(self, rows: Rows, w: torch.Tensor) -> None:
+        """Look at the weights of such a layer."""
 
     def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
         """New scaled scores from those, float32 `[batch, heads, rows, keys]`; what is not seen is masked afterwards."""
@@ -112,9 +118,16 @@ def question(prompt: Any) -> torch.Tensor:
     return prompt.notes["question"]
 
 
+def by_column(x: torch.Tensor, tokens: Tokens, length: int) -> torch.Tensor:
+    """`[batch, length]` over the columns of a prompt from `[batch, n]` over tokens; 0 where there is none."""
+    index = tokens.column.masked_fill(~tokens.valid, length)
+    return x.new_zeros(len(x), length + 1).scatter(1, index, x)[:, :length]
+
+
 def edit_rows(engine: Any, methods: list[RowEdit], undo: list[Callable[[], None]]) -> None:
     """Put row edits into the attention of the text model."""
     undo.append(switch(engine.config))
+    engine.preparing.append(functools.partial(_look_ahead, engine, methods))
     for method in methods:
         method.install(engine, undo)
     layers = engine.model.get_decoder().layers
@@ -124,18 +137,56 @@ def edit_rows(engine: Any, methods: list[RowEdit], undo: list[Callable[[], None]
             continue
         wholes = [method.whole(number, len(layers)) for method in group]
         undo.append(listen(layer.self_attn, functools.partial(_edit, engine, number, group, wholes)))
-        if any(method.looks for method in group):
-            engine.before(layer, functools.partial(_enter, engine, number, group))
 
 
-def _enter(engine: Any, number: int, methods: list[RowEdit], module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    prompt = engine.current
-    if prompt is None or not engine.reading or engine.branching:
+def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> None:
+    """Show methods what they want to see before the prompt is read, from the arguments of the text model."""
+    layers, prompt = engine.model.get_decoder().layers, engine.current
+    wanted = {method: method.ahead(len(layers)) for method in methods}
+    last = max((number for numbers in wanted.values() for number in numbers), default=None)
+    if last is None or not any(prompt.visual):
         return
-    hidden = args[0] if args else kwargs["hidden_states"]
-    for method in methods:
-        if method.looks:
-            method.enter(number, hidden, prompt.tokens[number], prompt.notes.setdefault(id(method), {}))
+
+    def look(number: int, module: Any, q, k, v, mask, scale: float, compute: Compute) -> torch.Tensor:
+        span, asking = _asking(prompt, prompt.read)
+        w = hide(row_scores(q[:, :, q.shape[2] - span :], k, scale), mask, q.shape[2]).softmax(-1).nan_to_num()
+        columns = prompt.read.column.masked_fill(~prompt.read.valid, -1)[:, None]
+        prompt.notes["step"] = {"at": None}
+        for method, numbers in wanted.items():
+            if number in numbers:
+                notes = prompt.notes.setdefault(id(method), {})
+                method.foresee(Rows(number, len(layers), prompt, True, columns, q.shape[1], asking[:, None], notes), w)
+        if number == last:
+            raise _Enough
+        return compute(q, k, v, mask)
+
+    n, undo = len(prompt.read), []
+    masks = kwargs["attention_mask"]
+    shorter = {kind: m[..., :n] for kind, m in masks.items()} if isinstance(masks, dict) else masks[..., :n]
+    try:
+        for number in {number for numbers in wanted.values() for number in numbers}:
+            undo.append(listen(layers[number].self_attn, functools.partial(look, number)))
+        with unseen(engine), contextlib.suppress(_Enough):
+            engine.text(**{**kwargs, "past_key_values": None, "use_cache": False, "attention_mask": shorter})
+    finally:
+        for each in undo:
+            each()
+
+
+class _Enough(Exception):
+    """What was wanted of a pass was seen."""
+
+
+@contextlib.contextmanager
+def unseen(engine: Any) -> Iterator[None]:
+    """What runs inside is seen by no method, and afterwards all is as it was."""
+    names = ("current", "reading", "branching", "idle")
+    before = {name: getattr(engine, name) for name in names}
+    engine.current, engine.reading, engine.branching, engine.idle = None, False, True, True
+    try:
+        yield
+    finally:
+        vars(engine).update(before)
 
 
 def _edit(
@@ -146,23 +197,20 @@ def _edit(
     if prompt is None or engine.branching or not any(prompt.visual):
         return compute(q, k, v, mask)
     reading, queries, pictured = engine.reading, q.shape[2], all(prompt.visual)
-    count, asking = queries, None
+    count = queries
     if reading:
         count = 1
         if any(wholes):
-            column = prompt.tokens[layer].column
-            asking = question(prompt).gather(1, column) & prompt.tokens[layer].valid
-            count = min(queries - int(asking.int().argmax(1)[asking.any(1)].min()) + 1, queries) if asking.any() else 1
-            asking = asking[:, queries - count :, None]
-    one = prompt.notes.setdefault("edited", {})
-    if count not in one:  # the last row, or all rows of a later call, of samples with an image
+            count, asking = _asking(prompt, prompt.tokens[layer])
+    one, last = prompt.notes.setdefault("edited", {}), (reading, count)
+    if last not in one:  # the last row, or all rows of a later call, of samples with an image
         pictures = torch.tensor(prompt.visual, device=q.device) > 0
-        last = torch.arange(count, device=q.device) >= (count - 1 if reading else 0)
-        one[count] = (pictures[:, None] & last)[:, None, :, None]
-    edited = [asking[:, None] | one[count] if whole and asking is not None else one[count] for whole in wholes]
+        place = torch.arange(count, device=q.device)
+        one[last] = (pictures[:, None] & (place >= (count - 1 if reading else 0)))[:, None, :, None]
+    edited = [one[last] | asking[:, None] if whole and reading else one[last] for whole in wholes]
     columns = _columns(prompt, layer, k.shape[2], reading)
     rows = [
-        Rows(layer, prompt, reading, columns, q.shape[1], own, prompt.notes.setdefault(id(method), {}))
+        Rows(layer, engine.count, prompt, reading, columns, q.shape[1], own, prompt.notes.setdefault(id(method), {}))
         for method, own in zip(methods, edited, strict=True)
     ]
     every = count == 1 and pictured
@@ -181,6 +229,15 @@ def _edit(
     old = out[:, queries - count :]
     keep = functools.reduce(torch.logical_or, edited).transpose(1, 2)
     return torch.cat([out[:, : queries - count], torch.where(keep, new.to(out.dtype), old)], 1)
+
+
+def _asking(prompt: Any, tokens: Tokens) -> tuple[int, torch.Tensor]:
+    """How many last tokens hold all words after the last image and the one before them, and bool `[batch, so many, 1]`,
+    which of them are such words."""
+    asking = question(prompt).gather(1, tokens.column) & tokens.valid
+    first = asking.int().argmax(1)[asking.any(1)]
+    count = min(len(tokens) - int(first.min()) + 1, len(tokens)) if len(first) else 1
+    return count, asking[:, len(tokens) - count :, None]
 
 
 def _put(rows: Rows, every: bool, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

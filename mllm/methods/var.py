@@ -1,0 +1,178 @@
+"""VAR: attention that is lost on sinks goes to the rest of the image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+
+from vision_attn.mllm.around import check_layers
+from vision_attn.mllm.steering import RowEdit, Rows, by_column
+
+# Base language model -> dimensions of its residual stream in which sinks have massive values, as published.
+SINK_DIMS = {
+    "llama-2-7b": (1415, 2533),
+    "llama-2-13b": (2100, 4743),
+    "qwen2-7b": (458, 2570),
+    "internvl2-8b": (3584,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAR(RowEdit):
+    """Take `1 - p` of the attention on sinks, and give it to the visual tokens that are none, in proportion.
+
+    A sink is a token of the prompt whose residual stream, as it enters the layer, has a value above `tau` times its
+    root mean square in one of a few dimensions. Edited are the rows of the words after the last image and of all that
+    follows, in heads that look at the image (at least `floor` of their attention) and there at other things than sinks
+    (a share of at least `rho`). A layer without a visual sink stays as it is. Where the paper and its code differ, this
+    is the paper: the share that is not on sinks is at least `rho`, and the last layer stays as it is. The threshold is
+    the code's: above, not at `tau`.
+
+    Args:
+        dims: the dimensions; None where the base model is known, see `SINK_DIMS`: LLaVA-1.5 and LLaVA-NeXT on Vicuna,
+            and Qwen2-VL-7B. For others `find_sinks` looks for them.
+        p: what sinks keep, 0 to 1; 1 changes nothing.
+        rho: 0 to 1; as published 0.8 for general tasks, 0.5 against hallucination, 0.9 where seeing is all.
+        floor: 0 to 1.
+        tau: above 0.
+        layers: of the text model, from 0; None for all but the first two and the last.
+
+    Raises:
+        ValueError: the base model is unknown and there are no `dims`; a number outside of its range.
+
+    >>> VAR(dims=SINK_DIMS["llama-2-7b"], p=0.5).p
+    0.5
+
+    Paper: See What You Are Told: Visual Attention Sink in Large Multimodal Models (ICLR 2025).
+    """
+
+    dims: tuple[int, ...] | None = None
+    p: float = 0.6
+    rho: float = 0.5
+    floor: float = 0.2
+    tau: float = 20.0
+    layers: tuple[int, ...] | None = None
+    name: ClassVar[str] = "var"
+
+    def __post_init__(self) -> None:
+        for field in ("p", "rho", "floor"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"VAR({field}={value!r}): {field} is a number from 0 to 1")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
+            raise ValueError(f"VAR(tau={self.tau!r}): tau is a finite number above 0")
+
+    def check(self, model: Any, family: Any) -> None:
+        self.where(len(model.get_decoder().layers))
+        config = model.config.get_text_config()
+        dims = known_dims(config) if self.dims is None else tuple(self.dims)
+        if dims is None:
+            raise ValueError(
+                f"VAR: the dimensions of sinks are not known for a {config.model_type} text model of width "
+                f"{config.hidden_size}; give dims=, which find_sinks(model, prompts) looks for"
+            )
+        bad = [dim for dim in dims if not isinstance(dim, int) or not 0 <= dim < config.hidden_size]
+        if bad or not dims:
+            raise ValueError(f"VAR(dims={dims}): dimensions of the residual stream, 0 to {config.hidden_size - 1}")
+
+    def where(self, layers: int) -> tuple[int, ...]:
+        return tuple(range(2, layers - 1)) if self.layers is None else check_layers("VAR", self.layers, layers)
+
+    def whole(self, layer: int, layers: int) -> bool:
+        return True
+
+    def install(self, engine: Any, undo: list[Callable[[], None]]) -> None:
+        layers = engine.model.get_decoder().layers
+        dims = known_dims(engine.config) if self.dims is None else self.dims
+        for number in self.where(len(layers)):
+            engine.before(layers[number], functools.partial(self._look, engine, number, list(dims)))
+
+    def _look(
+        self, engine: Any, number: int, dims: list[int], module: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        """Find the sinks among what enters a layer while the prompt is read."""
+        prompt = engine.current
+        if prompt is None or not engine.reading or engine.branching:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        sink = relative(hidden)[..., dims].amax(-1) > self.tau
+        notes = prompt.notes.setdefault(id(self), {})
+        notes[number] = by_column(sink, prompt.tokens[number], prompt.length)
+
+    def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
+        found = rows.notes[rows.layer]
+        sink, image = rows.at_keys(found), rows.image
+        seen = w * image
+        total, lost = seen.sum(-1, keepdim=True), (seen * sink).sum(-1, keepdim=True)
+        free = seen * ~sink
+        left = free.sum(-1, keepdim=True)
+        chosen = (total >= self.floor) & (lost / (total + 1e-6 * image.sum(-1, keepdim=True)) <= 1 - self.rho)
+        chosen &= (left > 0) & (found & rows.prompt.asked).any(1)[:, None, None, None]
+        budget = (1 - self.p) * (w * sink).sum(-1, keepdim=True)
+        return torch.where(chosen, torch.where(sink, self.p * w, w) + budget * free / left, w)
+
+
+def relative(hidden: torch.Tensor) -> torch.Tensor:
+    """Absolute values over the root mean square, float32, of `[..., width]`."""
+    x = hidden.float()
+    return x.abs() * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def known_dims(config: Any) -> tuple[int, ...] | None:
+    """The dimensions of sinks of a text model by its configuration, or None."""
+    kind, size = config.model_type, (config.hidden_size, config.num_hidden_layers)
+    if kind == "llama" and 32000 <= config.vocab_size < 33000:  # Llama 3 has the same sizes, and more words
+        return {(4096, 32): SINK_DIMS["llama-2-7b"], (5120, 40): SINK_DIMS["llama-2-13b"]}.get(size)
+    return SINK_DIMS["qwen2-7b"] if kind == "qwen2_vl_text" and size == (3584, 28) else None
+
+
+@torch.no_grad()
+def find_sinks(model: Any, prompts: Iterable[dict[str, Any]], tau: float = 20.0) -> tuple[int, ...]:
+    """The dimensions of the residual stream in which the sinks of a model have massive values, for `VAR(dims=...)`.
+
+    In each prompt and layer the token with the largest value over its root mean square is taken; a dimension counts
+    where the median over prompts of that token's value is above `tau`, in at least half of the layers from 2 to the
+    last but one. This detector is ours. Models that are not large may have no such dimension: then it is empty.
+
+    Args:
+        prompts: inputs of the model, each a batch; 8 to 32 rows in all are enough.
+        tau: above 0.
+
+    Raises:
+        ValueError: no prompts.
+
+    >>> from vision_attn.mllm import tiny
+    >>> find_sinks(tiny.model().eval(), [{"input_ids": torch.tensor([[1, 7, 8]])}])
+    ()
+
+    Paper: the threshold is that of See What You Are Told: Visual Attention Sink in Large Multimodal Models (ICLR 2025).
+    """
+    layers = model.get_decoder().layers
+    middle = range(2, len(layers) - 1)
+    found: dict[int, list[torch.Tensor]] = {number: [] for number in middle}
+    mask: list[Any] = [None]
+
+    def look(number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = relative(args[0] if args else kwargs["hidden_states"])
+        most = x.amax(-1) if mask[0] is None else x.amax(-1).masked_fill(mask[0] == 0, -1)
+        found[number].append(x[torch.arange(len(x)), most.argmax(1)])
+
+    handles = [
+        layers[number].register_forward_pre_hook(functools.partial(look, number), with_kwargs=True) for number in middle
+    ]
+    try:
+        for prompt in prompts:
+            mask[0] = prompt.get("attention_mask")
+            model(**{**prompt, "use_cache": False})
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(found.values()):
+        raise ValueError("find_sinks needs prompts, 8 to 32 of them, and a text model of at least 4 layers")
+    massive = torch.stack([torch.cat(rows).median(0).values > tau for rows in found.values()])
+    return tuple((massive.float().mean(0) >= 0.5).nonzero()[:, 0].tolist())
