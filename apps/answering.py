@@ -191,6 +191,7 @@ def _answer(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...]
         "report": None if report is None else report.to_dict(),
         "text": None if report is None else str(report),
         "prompt": prompt,
+        "attached": attached,
         "drops": any(isinstance(method, DROPS) for method in attached),
     }
 

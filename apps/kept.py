@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import cv2
@@ -10,9 +9,11 @@ import numpy as np
 import torch
 
 from vision_attn.apps.overlay import overlay, panel_size, sheet
+from vision_attn.mllm import attach
 from vision_attn.mllm.grids import grids, overview
-from vision_attn.mllm.interface import listen, switch
 from vision_attn.mllm.loading import Loaded
+from vision_attn.mllm.maps import Capture
+from vision_attn.mllm.method import Method
 
 
 def draw(loaded: Loaded, picture: np.ndarray, inputs: dict[str, Any], question: str, answers: list[dict]) -> bytes:
@@ -26,10 +27,13 @@ def draw(loaded: Loaded, picture: np.ndarray, inputs: dict[str, Any], question: 
     for each in answers:
         if each["drops"]:
             layers = grid.of(kept(each["prompt"], inputs["input_ids"].shape[1])[:, 0]).numpy()
-            drawn, what = dimmed(seen, layers.mean(0)), f"{(layers[-1] > 0).mean():.0%} of them reach the last layer"
+            drawn, what = (
+                dimmed(seen, layers.mean(0)),
+                f"{(layers[-1] > 0).mean():.0%} of the tokens reach the last layer",
+            )
         else:
-            values = grid.of(last_row(loaded, inputs)[0]).float().cpu().numpy()
-            drawn, what = overlay(seen, values), f"untouched, {values.min():.2g} to {values.max():.2g}"
+            values = grid.of(last_row(loaded, inputs, each["attached"])[0]).float().cpu().numpy()
+            drawn, what = overlay(seen, values), f"attention {values.min():.2g} to {values.max():.2g}"
         panels.append(([each["name"], each["answer"], what], drawn))
     drawn = sheet(panels, len(panels), [question])
     return cv2.imencode(".png", np.ascontiguousarray(drawn[..., ::-1]))[1].tobytes()
@@ -66,22 +70,9 @@ def dimmed(picture: np.ndarray, share: np.ndarray) -> np.ndarray:
     return (picture * share + grey * (1 - share)).round().astype(np.uint8)
 
 
-def last_row(loaded: Loaded, inputs: dict[str, Any]) -> torch.Tensor:
+def last_row(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...] = ()) -> torch.Tensor:
     """What the last token of the prompt looks at, mean over heads and layers, `[batch, length]`."""
-    layers, rows = loaded.model.get_decoder().layers, []
-
-    def note(module, q, k, v, mask, scale, compute):
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = torch.einsum("bhd,bhnd->bhn", q[:, :, -1].float(), keys.float()) * scale
-        if mask is not None:
-            last = mask[:, :, -1, : scores.shape[-1]]
-            scores = scores.masked_fill(~last, -torch.inf) if last.dtype == torch.bool else scores + last.float()
-        rows.append(scores.softmax(-1).mean(1))
-        return compute(q, k, v, mask)
-
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        stack.callback(switch(loaded.model.config.get_text_config()))
-        for layer in layers:
-            stack.callback(listen(layer.self_attn, note))
-        loaded.model(**inputs, use_cache=False)
-    return torch.stack(rows).mean(0)
+    look = Capture()
+    with attach(loaded.model, *attached, look):
+        loaded.generate(inputs, 1)
+    return torch.stack(list(look.steps[0].values())).mean((0, 2, 3))

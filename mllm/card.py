@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     record = {
-        "command": shlex.join(re.sub(r"^.*?(?=runs/|mllm/)", "", part) for part in argv),
+        "command": shlex.join(argv),
         "images": args.images,
         "models": [examine(folder, args.images, args.seed) for folder in args.models],
         "blind": blindly(args.images, args.seed),

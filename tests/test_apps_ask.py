@@ -1,6 +1,7 @@
 """`vision-attn ask` and `caption`: what they print and draw, and what they refuse."""
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,10 +11,12 @@ from PIL import Image
 from test_apps_usage import assert_one_message
 
 pytest.importorskip("transformers")
+from vlm_models import PRUNED  # noqa: E402
+
 from vision_attn import mllm  # noqa: E402
 from vision_attn.apps import answering, kept  # noqa: E402
 from vision_attn.apps.cli import main  # noqa: E402
-from vision_attn.mllm.loading import load  # noqa: E402
+from vision_attn.mllm.loading import Loaded, load  # noqa: E402
 from vision_attn.mllm.tokens import Tokens  # noqa: E402
 
 RED = "Is there a red circle in the image?"
@@ -113,6 +116,20 @@ def test_the_row_that_is_drawn_is_the_models():
     with torch.no_grad():
         maps = loaded.model(**inputs, output_attentions=True).attentions
     torch.testing.assert_close(row, torch.stack(maps)[:, :, :, -1].mean((0, 2)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
+def test_a_picture_for_every_family(vlm, monkeypatch):
+    """Tiles, patches and videos' grids: the view of the whole picture, from the prompt as the processor makes it."""
+    asked = Loaded(vlm.build(), SimpleNamespace(batch_decode=lambda ids, **_: ["words"]), "random")
+    inputs, shown = vlm.inputs([[3, "image", 4]]), []
+    monkeypatch.setattr(kept, "dimmed", lambda seen, share: shown.append(share) or seen)
+    answers = [answering._answer(asked, inputs, methods, 2) for methods in ((), (mllm.UniformPrune(keep=4),))]
+    drawn = cv2.imdecode(
+        np.frombuffer(kept.draw(asked, np.zeros((24, 48, 3), np.uint8), inputs, "words", answers), "u1"), 1
+    )
+    assert drawn.shape[1] >= 3 * 24
+    assert 0 < shown[0].sum() <= 4 and set(shown[0].flatten()) == {0.0, 1.0}
 
 
 def test_the_picture_as_the_model_sees_it(loaded):
