@@ -6,6 +6,7 @@ A logits processor stands before all others, so that samplers, beams and penalti
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vision_attn.hosts import AttachError
 from vision_attn.mllm.contrast import Contrast, Step
@@ -35,6 +37,12 @@ class Branch:
         self.given = reading.arguments()
         self.cache = self.given["past_key_values"] = DynamicCache(config=engine.config)
         self.ids: torch.Tensor | None = None  # what the main branch held when this one last read
+        self.order: torch.Tensor | None = None  # long `[rows]`, where its rows stood before, if beams traded places
+
+    @property
+    def prompt(self) -> Any:
+        """What the engine knows of this reading."""
+        return self.engine.prompts[self.cache]
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """float32 `[rows, vocabulary]` after the prompt and what the main branch generated since: `ids` `[rows, n]`."""
@@ -44,7 +52,9 @@ class Branch:
                 new, given = self.reading.ids, self.given
                 inputs = model.prepare_inputs_for_generation(new, is_first_iteration=True, **given)
             else:
-                self._follow(ids)
+                self.order = self._order(ids)
+                if self.order is not None:
+                    self.cache.reorder_cache(self.order)
                 count = ids.shape[1] - self.ids.shape[1]
                 self.given = model._update_model_kwargs_for_generation({}, self.given, num_new_tokens=count)
                 inputs = model.prepare_inputs_for_generation(
@@ -56,8 +66,18 @@ class Branch:
         self.ids = ids.clone()
         return out.logits[:, -1].float()
 
-    def _follow(self, ids: torch.Tensor) -> None:
-        """Put the rows of the cache in the order of `ids`: beams trade places, within a sample, unseen."""
+    def peek(self, tokens: torch.Tensor) -> None:
+        """Read one more token per row, long `[rows]`, for methods that look on, and forget it."""
+        model, ids = speaker(self.engine), torch.cat([self.ids, tokens[:, None]], 1)
+        with aside(self.engine, self.reading, self.lender):
+            given = model._update_model_kwargs_for_generation({}, dict(self.given))
+            given["past_key_values"] = cache = _branched_off(self.cache)
+            self.engine.prompts[cache] = self.prompt
+            inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **given)
+            model(**inputs, return_dict=True)
+
+    def _order(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Where the rows of `ids` stood when last read, or None: beams trade places, within a sample, unseen."""
         before = self.ids
         if ids.shape[1] <= before.shape[1]:
             raise AttachError(
@@ -65,7 +85,7 @@ class Branch:
                 "with contrastive methods"
             )
         if torch.equal(ids[:, : before.shape[1]], before):
-            return
+            return None
         same = (ids[:, None, : before.shape[1]] == before[None]).all(-1)
         sample = torch.arange(len(ids), device=ids.device) // self.reading.source.repeats
         same &= sample[:, None] == sample
@@ -74,7 +94,17 @@ class Branch:
                 "a second branch cannot follow: what is generated does not continue what was; assisted decoding and "
                 "prompt lookup cannot be used with contrastive methods"
             )
-        self.cache.reorder_cache(same.int().argmax(1))
+        return same.int().argmax(1)
+
+
+def _branched_off(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from this one and leaves it as it is: layers put what comes into new tensors."""
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise AttachError(f"a method that looks at candidates cannot go on from a {type(layer).__name__}")
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 class Branches:
@@ -92,6 +122,7 @@ class Branches:
             if hasattr(engine.base, name):
                 undo.append(replace(engine.base, name, functools.partial(self._encode, name)))
         undo.append(replace(speaker(engine), "_get_logits_processor", self._processors))
+        self.method.watch(engine, undo)
         layers = engine.model.get_decoder().layers
         for number in self.method.early(len(layers), engine.model):
             engine.before(layers[number], functools.partial(self._see_layer, number))
@@ -139,7 +170,7 @@ class _Processor(LogitsProcessor):
             return scores
         other = None if self.branch is None else self.branch.logits(input_ids).to(z.device)
         early = {number: speak(self.branches.engine, hidden) for number, hidden in self.branches.early.items()}
-        step = Step(input_ids.shape[1] - self.start + 1, other, early)
+        step = Step(input_ids.shape[1] - self.start + 1, other, early, self.branch)
         mixed = method.combine(z, step)
         if self.beams:  # beams are compared by log-probability
             mixed = mixed.log_softmax(-1)

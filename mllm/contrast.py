@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from vision_attn.mllm.method import Method
 
 if TYPE_CHECKING:
+    from vision_attn.mllm.branch import Branch
     from vision_attn.mllm.reading import Reading
 
 
@@ -25,11 +27,13 @@ class Step:
         number: of the token among those generated in this call, from 1.
         other: logits of the second branch, float32 `[rows, vocabulary]`; None where there is none.
         early: layer -> logits of what enters it, float32 `[rows, vocabulary]`, where the method asked for them.
+        branch: the second branch.
     """
 
     number: int
     other: torch.Tensor | None
     early: dict[int, torch.Tensor]
+    branch: Branch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Contrast(Method):
     def early(self, layers: int, model: Any) -> tuple[int, ...]:
         """The layers, of so many, whose input it wants to see as logits."""
         return ()
+
+    def watch(self, engine: Any, undo: list[Callable[[], None]]) -> None:
+        """Hook what it wants to see of the model."""
 
     def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """New logits from those of the main branch, float32 `[rows, vocabulary]`."""

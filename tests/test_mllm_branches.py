@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 from test_mllm_engine import Cached, Late, Third  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
-from vlm_models import IMAGE, PRUNED, VLM, VLMS, single  # noqa: E402
+from vlm_models import IMAGE, PRUNED, VLM, VLMS, VOCABULARY, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
@@ -24,6 +24,7 @@ from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
 from vision_attn.mllm.methods.dola import DoLa  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
+from vision_attn.mllm.methods.opera import OperaPenalty  # noqa: E402
 from vision_attn.mllm.methods.pai import PAI  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
 
@@ -608,3 +609,60 @@ def test_attention_is_not_edited_in_a_branch(vlm: VLM):
         assert out.sequences[0, -3:].tolist() == answers[i].tolist()
         wanted = torch.stack([contrast(*both, 0) for both in zip(z, u, strict=True)]) if "image" in rows[i] else z
         torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
+
+
+@pytest.mark.parametrize("family, beams", [("Llava", 1), ("Llava", 2), ("Gemma3", 1), ("Qwen2VL", 2)])
+def test_penalty_of_opera(family: str, beams: int):
+    """Against the full maps of the last layer, one prompt and answer at a time."""
+    vlm, tokens, weight, scale = VLMS[family], 12, 0.7, 300.0
+    model, rows = vlm.build(), rows_of(vlm)[:2]
+    eager = vlm.build()
+    eager.set_attn_implementation("eager")
+    for one in (model, eager):  # candidates are never placeholders
+        one.lm_head.weight[VOCABULARY:] = one.lm_head.weight[: len(one.lm_head.weight) - VOCABULARY] / 100
+    batch, seen = vlm.inputs(rows), []
+    model.generation_config.suppress_tokens = None  # what is left of the candidates
+    with attach(model, OperaPenalty(weight=weight, scale=scale, candidates=3)):
+        out = model.generate(
+            **batch, max_new_tokens=tokens, do_sample=False, num_beams=beams, num_return_sequences=beams,
+            output_scores=True, return_dict_in_generate=True, length_penalty=0.0,
+        )  # fmt: skip
+    answers = out.sequences[:, -tokens:]
+    for n, answer in enumerate(answers):
+        prompt = split(vlm, rows, batch)[n // beams]
+        z, total = read(model, prompt, answer), 0.0
+        triangle = torch.zeros(tokens, tokens)
+        for step in range(tokens):
+            log_p = z[step].log_softmax(-1)
+            scores = torch.full_like(log_p, -torch.inf)
+            for token in log_p.topk(3).indices:
+                row = head_max(eager, prompt, torch.cat([answer[:step], token[None]]))
+                triangle[step] = 0
+                triangle[step, : step + 1] = row[len(row) - step - 1 :]
+                if step + 1 <= 10:
+                    penalty = -row[: prompt["input_ids"].shape[1]][prompt["input_ids"][0] == IMAGE].sum()
+                else:
+                    columns = [(scale * triangle[j : step + 1, j]).double().prod() for j in range(step + 1)]
+                    penalty = (1e-7 * max(columns)).clamp(max=1000).float()
+                    seen.append(float(penalty))
+                scores[token] = log_p[token] - weight * penalty
+            row = head_max(eager, prompt, answer[: step + 1])
+            triangle[step, : step + 1] = row[len(row) - step - 1 :]
+            if beams == 1:
+                torch.testing.assert_close(out_of_reach(out.scores[step])[n], scores, atol=1e-3, rtol=1e-3)
+            total += scores.log_softmax(-1)[answer[step]]
+        if beams > 1:
+            torch.testing.assert_close(out.sequences_scores[n], total, atol=1e-3, rtol=1e-3)
+    assert max(seen) > 1e-3
+
+
+def head_max(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:
+    """What the last token looks at in the last layer: the most of all heads, divided by its sum, float32 `[keys]`."""
+    extra = torch.zeros_like(answer)[None]
+    given = dict(prompt, input_ids=torch.cat([prompt["input_ids"], answer[None]], 1))
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in given:
+            given[name] = torch.cat([given[name], extra.to(given[name].dtype)], 1)
+    row = model(**given, output_attentions=True).attentions[-1][0, :, -1].amax(0)
+    return row / row.sum()
