@@ -53,6 +53,7 @@ _PUBLIC = {
     "find_sinks": "methods.var",
     "SINK_DIMS": "methods.var",
     "GIFT": "methods.gift",
+    "OperaPenalty": "methods.opera",
     "RandomPrune": "methods.baselines",
     "StreamingHeads": "methods.streamingheads",
     "TaskKV": "methods.taskkv",

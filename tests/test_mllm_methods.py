@@ -80,6 +80,7 @@ METHODS: dict[str, Entry] = {
     "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
     "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
     "dola": Entry(lambda vlm: mllm.DoLa(layers=(0, 2, 3), beta=0), first=False, text=True),
+    "opera-penalty": Entry(lambda vlm: mllm.OperaPenalty(weight=50.0, candidates=8), first=False),
     "agla": Entry(lambda vlm: mllm.AGLA(matcher=lambda pixels: -pixels, alpha=9.0, beta=0), first=False),
     "damro": Entry(
         lambda vlm: mllm.DAMRO(k=3, alpha=9.0, beta=0, proxy=None if vlm.tower == "cls" else "received"), first=False
