@@ -22,6 +22,7 @@ _PUBLIC = {
     "Capture": "maps",
     "mass": "maps",
     "image_entropy": "maps",
+    "sink_tokens": "maps",
     "rollout": "flow",
     "attention_flow": "flow",
     "points": "regions",

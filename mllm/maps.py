@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vision_attn.mllm.around import Around, Call, check_layers
+from vision_attn.mllm.methods.var import relative
 from vision_attn.mllm.rows import row_weights
 
 
@@ -59,6 +60,40 @@ class Capture(Around):
             self.steps.append({})
         self.steps[-1][call.layer] = weights if self.reduce is None else self.reduce(weights, call.image())
         return call.compute(q, k, v, call.mask)
+
+
+@torch.no_grad()
+def sink_tokens(model: Any, inputs: dict[str, Any], dims: tuple[int, ...], tau: float = 20.0) -> list[torch.Tensor]:
+    """The sinks of a prompt, per layer of the text model bool `[batch, 1, 1, length]`: `mass(weights, sinks[layer])`.
+
+    As in `VAR`: a token whose residual stream, as it enters the layer, has a value above `tau` times its root mean
+    square in one of a few dimensions.
+
+    Args:
+        inputs: as for a call of the model.
+        dims: the dimensions; `find_sinks` looks for them.
+        tau: above 0.
+
+    >>> from vision_attn.mllm import tiny
+    >>> [sinks.sum().item() for sinks in sink_tokens(tiny.model().eval(), {"input_ids": torch.tensor([[1, 7]])}, (3,))]
+    [0, 0, 0, 0]
+
+    Paper: See What You Are Told: Visual Attention Sink in Large Multimodal Models (ICLR 2025).
+    """
+    found: list[torch.Tensor] = []
+    mask = inputs.get("attention_mask")
+
+    def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        sinks = relative(args[0] if args else kwargs["hidden_states"])[..., list(dims)].amax(-1) > tau
+        found.append((sinks if mask is None else sinks & mask.bool())[:, None, None])
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.get_decoder().layers]
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def mass(weights: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
