@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vision_attn.mllm.grids import Grid
 from vision_attn.mllm.interface import Compute, listen, switch
-from vision_attn.mllm.method import Method
+from vision_attn.mllm.method import CachePrune, Method
 from vision_attn.mllm.pictures import Pictures
 
 
@@ -83,8 +83,10 @@ class Around(Method):
 
 def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], None]]) -> None:
     """Put methods around the attention of the text model. They are silent while a second branch runs."""
-    edits = [method.name for method in engine.rows]
     methods = sorted(methods, key=lambda method: not method.anew)  # these inside, the others see what they do
+    edits = [method.name for method in (*engine.rows, *methods[1:]) if getattr(method, "anew", True)]
+    if engine.cache is not None and type(engine.cache).attend is not CachePrune.attend:
+        edits.append(engine.cache.name)
     if edits and methods[0].anew:
         raise ValueError(
             f"{type(methods[0]).__name__} computes rows of attention anew, and {', '.join(edits)} would edit the same "

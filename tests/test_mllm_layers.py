@@ -91,6 +91,7 @@ def test_pyramid_drop_is_its_formula():
     model, inputs = LLAVA.build(), LLAVA.inputs(ROW)
     expected = staged(model, inputs, {1: 18, 2: 9, 3: 4}, lambda a, states, layer: a[layer][:, -1].mean(0))
     assert kept_by(model, inputs, PyramidDrop()) == expected  # 36 tokens: a half, a quarter, an eighth (4.5 to even)
+    assert PyramidDrop(keep=[0.5, 0.2]).keep == (0.5, 0.2) and SparseVLM(keep=[9, 3], layers=(1, 2)).keep == (9, 3)
     counted = staged(model, inputs, {2: 11, 3: 5}, lambda a, states, layer: a[layer][:, -1].mean(0))
     assert kept_by(model, inputs, PyramidDrop(keep=(11, 5), layers=(2, 3))) == counted
 

@@ -13,11 +13,13 @@ pytest.importorskip("transformers")
 from vlm_models import IMAGE, PRUNED, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn.mllm import (  # noqa: E402
+    PAI,
     HoloV,
     NeighborVisualAttention,
     VisualBlockPattern,
     VisualExit,
     VisualHeadMask,
+    ZipVL,
     attach,
 )
 from vision_attn.mllm.grids import grids  # noqa: E402
@@ -77,6 +79,11 @@ def test_neighbours_are_a_mask(vlm: VLM):
     expected = with_pairs(model, inputs, functools.partial(near, grids(model, inputs), 1, layers))
     with attach(model, NeighborVisualAttention(window=3, layers=layers)):
         found = model(**inputs).logits
+    if vlm.name == "Llava":
+        model.set_attn_implementation("eager")
+        with attach(model, NeighborVisualAttention(window=3, layers=layers)):
+            torch.testing.assert_close(model(**inputs).logits, found, **CLOSE)
+        model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found, expected, **CLOSE)
     assert not torch.allclose(found, model(**inputs).logits, atol=1e-2)
 
@@ -237,6 +244,9 @@ def test_what_cannot_be_done_is_said():
     ):
         with pytest.raises(ValueError, match=words):
             make()
+    for method in (PAI(), ZipVL(), VisualBlockPattern()):
+        with pytest.raises(ValueError, match="computes rows of attention anew"):
+            attach(model, NeighborVisualAttention(), method)
     with (
         attach(model, HoloV(keep=0.5), NeighborVisualAttention()),
         pytest.raises(ValueError, match="needs whole pictures"),

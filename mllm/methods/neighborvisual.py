@@ -58,6 +58,7 @@ class NeighborVisualAttention(Around):
     layers: tuple[int, ...] | None = None
     name: ClassVar[str] = "neighbor-visual"
     text: ClassVar[bool] = False
+    anew: ClassVar[bool] = True
     grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

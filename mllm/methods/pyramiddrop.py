@@ -39,6 +39,7 @@ class PyramidDrop(LayerPrune):
     name: ClassVar[str] = "pyramid-drop"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
         check_stages("PyramidDrop", self.keep, self.layers)
 
     def cuts(self, layers: int) -> tuple[int, ...]:

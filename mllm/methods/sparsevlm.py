@@ -52,6 +52,8 @@ class SparseVLM(LayerPrune):
     name: ClassVar[str] = "sparsevlm"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))
         if self.table not in COUNTS:
             raise ValueError(f"SparseVLM(table={self.table!r}): allowed are {', '.join(map(repr, COUNTS))}")
         if not isinstance(self.keep, tuple) and self.keep not in COUNTS[self.table]:

@@ -45,6 +45,7 @@ class VisualBlockPattern(Around):
     backend: str | None = None
     name: ClassVar[str] = "visual-blocks"
     text: ClassVar[bool] = False
+    anew: ClassVar[bool] = True
     grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
