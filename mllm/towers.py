@@ -130,10 +130,10 @@ class TowerWatch:
         self.heads = modules[numbers[-1]].num_heads
         self.vision: torch.Tensor | None = None
         self.seen: dict[str, list[Seen]] = {}  # of the images, and of the videos
-        self.used = False  # what was seen was handed out, so that the next images start anew
         self.inside = False  # some models give videos to their own function for images
 
     def install(self, undo: list[Callable[[], None]]) -> None:
+        undo.append(self._forget)
         if {"attention", "keys"} & set(self.looks):
             undo.append(switch(self.tower.config))
             for module, layer in self.layers.values():
@@ -152,31 +152,32 @@ class TowerWatch:
     def _project(self, module: Any, args: tuple) -> None:
         self.vision = args[0].detach()
 
+    def _forget(self) -> None:
+        """Let go of what the tower computed."""
+        self.vision = None
+        for _, layer in self.layers.values():
+            layer.clear()
+
     def _features(self, kind: str, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.inside:
             return plain(*args, **kwargs)
-        for _, layer in self.layers.values():
-            layer.clear()
+        self._forget()
         self.inside = True
         try:
             out = plain(*args, **kwargs)
         finally:
             self.inside = False
-        if self.used:
-            self.seen, self.used = {}, False
         call = inspect.signature(plain).bind(*args, **kwargs).arguments
         sizes = frame_sizes(call)
         lengths = [h * w for h, w in sizes] or None
         values = self._values(out, lengths)
-        for _, layer in self.layers.values():
-            layer.clear()
-        self.vision = None
+        self._forget()
         laid = {name: self.family.layout(self.base, value, call) for name, value in values.items()}
         parts = [dict(zip(laid, part, strict=True)) for part in zip(*laid.values(), strict=True)]
         for number, part in enumerate(parts):
             shape = self._shape(part, sizes[number] if sizes else None)
             part["grid"] = torch.tensor(shape).expand(_tokens(part), 2)
-        self.seen.setdefault(kind, []).extend(parts)
+        self.seen[kind] = parts
         return out
 
     def _shape(self, part: Seen, patches: tuple[int, int] | None) -> tuple[int, int]:
@@ -201,7 +202,7 @@ class TowerWatch:
                 rows = rows.reshape(1, -1, rows.shape[-1] * self.tower.spatial_merge_size**2)
             values["vision"] = rows
             number = getattr(self.base.config, "vision_feature_layer", None)
-            if self.cls and number is not None:
+            if self.cls and number is not None and out.hidden_states is not None:
                 states = [out.hidden_states[n] for n in ([number] if isinstance(number, int) else number)]
                 if states[0].shape[1] == rows.shape[1] + 1:  # the projector gets single patches
                     values["cls"] = torch.cat([state[:, :1] for state in states], -1).expand(-1, rows.shape[1], -1)
@@ -216,7 +217,6 @@ class TowerWatch:
         Raises:
             AttachError: the tower saw other images than the prompt has.
         """
-        self.used = True
         beams = {kind: self._beams(kind, [n for _, k, n in runs if k == kind]) for kind in {k for _, k, _ in runs}}
         rest = {kind: list(parts) for kind, parts in self.seen.items()}
         found: list[list[Seen]] = []

@@ -335,6 +335,27 @@ def test_images_of_beams_and_of_other_prompts():
         model(**{**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": features(model, vlm, rows)}})
 
 
+def test_images_of_a_prompt_that_was_not_read_are_forgotten():
+    vlm = VLMS["Llava"]
+    model, inputs, others = vlm.build(), vlm.inputs([["image", 3]]), vlm.inputs([[4, "image"]], seed=1)
+    with attach(model, VisPruner(keep=0.3)) as run:
+        _, wanted = generate(model, inputs)
+        model.model.get_image_features(pixel_values=others["pixel_values"])
+        assert torch.equal(generate(model, inputs)[1], wanted)
+        handle = model.model.vision_tower.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            generate(model, others)
+        handle.remove()
+        assert torch.equal(generate(model, inputs)[1], wanted)
+        generate(model, others)
+        watch = run.engine.watch
+    assert watch.vision is None and not any(layer.q for _, layer in watch.layers.values())
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("boom")
+
+
 def features(model: Any, vlm: VLM, rows: Any) -> Any:
     """Features that the tower made before anything was attached."""
     plain = type(model.model).get_image_features
@@ -386,6 +407,8 @@ def test_vtccls_and_fastervlm():
     for start in (23, 40, -1, -25):
         with pytest.raises(ValueError, match="allowed are 0 to 22"):
             VTCCLS(start_layer=start).tower_layers(24, True)
+    with pytest.raises(ValueError, match="number of a layer, or None"):
+        VTCCLS(start_layer=2.5)
     with pytest.raises(ValueError, match="the vision tower has 4 layers"):
         attach(VLMS["Llava"].build(), VTCCLS(start_layer=3))
 

@@ -37,11 +37,19 @@ class VTCCLS(InputPrune):
     name: ClassVar[str] = "vtccls"
     looks: ClassVar[tuple[str, ...]] = ("attention",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_layer is not None and (
+            not isinstance(self.start_layer, int) or isinstance(self.start_layer, bool)
+        ):
+            raise ValueError(f"{type(self).__name__}(start_layer={self.start_layer!r}): number of a layer, or None")
+
     def tower_layers(self, count: int, cls: bool) -> tuple[int, ...]:
-        start = round(2 / 3 * count) if self.start_layer is None else self.start_layer
-        if self.start_layer is None:
-            start = min(start, max(count - 2, 0))
-        start += count if start < 0 else 0
+        start = self.start_layer
+        if start is None:
+            start = min(round(2 / 3 * count), max(count - 2, 0))
+        elif start < 0:
+            start += count
         layers = tuple(range(start, max(count - 1, 1)))
         if start < 0 or not layers:
             raise ValueError(
