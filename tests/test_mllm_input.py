@@ -203,6 +203,25 @@ def test_a_model_whose_image_is_a_few_learned_tokens():
             attach(VLMS["InstructBlip"].build(), method)
 
 
+@pytest.mark.parametrize("method", [HoloV(keep=0.3), VisionZip(keep=0.3), PruMerge()], ids=lambda m: m.name)
+def test_a_family_with_another_tower(method: InputPrune):
+    """LLaVA on SigLIP: no class token is looked for."""
+    vlm = VLMS["Llava"]
+    tower = hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
+    config = vlm.config()
+    config.vision_config, config.vision_feature_select_strategy, config.vision_feature_layer = tower, "full", -1
+    model = dataclasses.replace(vlm, config=lambda: config).build()
+    inputs, probe = vlm.inputs([["image", 3]]), Probe(keep=11)
+    with attach(model, probe):
+        generate(model, inputs, tokens=1)
+    (image,) = probe.images
+    torch.testing.assert_close(image.project(image.vision), image.features, **CLOSE)
+    assert image.cls is None and abs(float(image.attention[0].sum()) - 1) < 1e-4
+    with attach(model, method) as run:
+        assert generate(model, inputs)[1].isfinite().any()
+        assert 0 < int(run.engine.current.read.visual.sum()) < 30
+
+
 # Images, tiles and videos in a prompt
 
 
