@@ -63,7 +63,8 @@ class RaggedLayer(HeldLayer):
     def of(
         cls, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor, tokens: Tokens, means: bool = False
     ) -> tuple[RaggedLayer, Tokens]:
-        """The layer, and its tokens as `whole` has them.
+        """The layer, and its tokens as one that reads the whole has them; the column of a mean, and where a head has
+        nothing, is -1.
 
         Args:
             keys, values: `[batch, kv_heads, n, head_dim]`.
@@ -82,7 +83,7 @@ class RaggedLayer(HeldLayer):
             keys, values = (torch.cat([(share @ t.float()).to(t.dtype), t], 2) for t in (keys, values))
             bias = torch.cat([count.clamp(min=1).log(), bias], -1)
             keep = torch.cat([count > 0, keep], -1)
-            column, visual = (torch.nn.functional.pad(t, (1, 0)) for t in (column, visual))
+            column, visual = torch.nn.functional.pad(column, (1, 0), value=-1), torch.nn.functional.pad(visual, (1, 0))
         bias = bias.masked_fill(~keep, -torch.inf)
         counts = keep.sum(-1)
         order = counts.argsort(dim=1, descending=True, stable=True)
@@ -100,7 +101,8 @@ class RaggedLayer(HeldLayer):
             self.plain.append(not self.held[f"bias{part}"].any())
         index = place[..., place.shape[-1] - sizes[0] :]
         there = keep.gather(-1, index)
-        return self, Tokens(column.gather(-1, index) * there, there.any(1), visual.gather(-1, index) & there)
+        column = column.gather(-1, index).masked_fill(~there, -1)
+        return self, Tokens(column, there.any(1), visual.gather(-1, index) & there)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object

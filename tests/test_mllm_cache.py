@@ -243,6 +243,22 @@ def test_every_stage_at_once(family: str):
     assert (seen[0][1:] - seen[1][1:]).abs().max() > 1e-3 and (seen[1][1:] - seen[2][1:]).abs().max() > 1e-3
 
 
+def test_a_long_text_beside_an_image():
+    """A row that loses nothing makes the batch wide; the others lose what they lose alone."""
+    vlm, rows = VLMS["Llava"], [[3, "image", 4], [70]]
+    model = vlm.build()
+    for method in (
+        mllm.StreamingHeads(table=gates(model), sink=2, recent=5),
+        mllm.TaskKV(sink=2, recent=5, middle=2),
+        mllm.ZipVL(tau=0.5, recent=2, probes=4),
+        mllm.ZipVL(tau=0.5, recent=2, probes=4, mode="quantize"),
+    ):
+        with mllm.attach(model, method):
+            _, batch = generate(model, vlm.inputs(rows), 4)
+            for i in range(2):
+                torch.testing.assert_close(batch[:, i : i + 1], generate(model, single(vlm, rows, i), 4)[1], **CLOSE)
+
+
 def test_beams_follow_a_ragged_cache():
     """Three beams with the pruned cache against three beams with an edited full one."""
     vlm = VLMS["Llava"]
@@ -334,7 +350,10 @@ def test_heads_that_find_repetitions(family: str):
     maps = model.get_decoder()(input_ids=ids, output_attentions=True, **prefix).attentions
     config._attn_implementation = implementation
     for number, weights in enumerate(maps):
-        for head, w in enumerate(weights[0]):
+        for head, w in enumerate(weights[0].tril()):
+            w = w / w.sum(
+                -1, keepdim=True
+            )  # PaliGemma's prompts see what follows; the scores are about what was before
             rows = range(length, length * repeats)
             echo = sum(float(w[i, j]) for i in rows for j in range(i % length, i, length)) / len(rows)
             follows = sum(float(w[i, j + 1]) for i in rows for j in range(i % length, i, length)) / len(rows)

@@ -150,7 +150,7 @@ def head_scores(model: Any, length: int = 64, repeats: int = 4, seed: int = 0) -
         Echo and induction scores, float32 `[layers, heads]` each.
     """
     from vision_attn.mllm.interface import listen, switch
-    from vision_attn.mllm.weights import row_weights
+    from vision_attn.mllm.rows import row_weights
 
     if length < 2 or repeats < 2:
         raise ValueError(f"length={length}, repeats={repeats}: at least 2 tokens, at least twice")
@@ -165,8 +165,9 @@ def head_scores(model: Any, length: int = 64, repeats: int = 4, seed: int = 0) -
 
     def look(module, q, k, v, mask, scale, compute):
         sums = torch.zeros(2, q.shape[1])
-        for rows in place[length:].split(256):
-            weights = row_weights(module, q, k, mask, scale, rows[None].to(q.device))[0].cpu()
+        for start in range(length, len(ids), 256):
+            rows = slice(start, start + 256)
+            weights = row_weights(q, k, mask, scale, rows)[0].cpu()
             sums += torch.stack([(weights * marks[rows]).sum((1, 2)) for marks in (echo, follows)])
         found.append(sums / (len(ids) - length))
         return compute(q, k, v, mask)

@@ -10,8 +10,8 @@ import torch
 from vision_attn.mllm.image import Layer
 from vision_attn.mllm.method import CachePrune, top
 from vision_attn.mllm.methods.streamingheads import ends
+from vision_attn.mllm.rows import row_weights, visible
 from vision_attn.mllm.tokens import Tokens, take, take_mask
-from vision_attn.mllm.weights import row_weights, seen
 
 MODES = ("drop", "quantize")
 
@@ -68,18 +68,18 @@ class ZipVL(CachePrune):
         n = q.shape[2]
         k, v = k[:, :, :n], v[:, :, :n]  # a static cache has room for more
         important = layer.notes["important"] = self._important(layer, q, k, mask)
-        tokens, index = layer.tokens.kept(important)
-        if len(tokens) == n:
+        if torch.equal(important, layer.tokens.valid):
             return compute(q, k, v, mask)
+        tokens, index = layer.tokens.kept(important)
         narrow = None
         if mask is not None and mask.ndim == 4:
             narrow = take_mask(mask, index, tokens, len(tokens))
         elif mask is not None:
             narrow = tokens.mask()
-        elif not tokens.whole:
-            every = torch.arange(len(tokens), device=q.device).expand(index.shape)
-            narrow = seen(layer.attn, tokens.valid, every, len(tokens))
-        out = compute(*(take(t, index, 2) for t in (q, k, v)), narrow)
+        q, k, v = (take(t, index, 2) for t in (q, k, v))
+        if mask is None and not tokens.whole:
+            narrow = visible(q, k, None, slice(None), tokens.valid)
+        out = compute(q, k, v, narrow)
         out = out.masked_fill(~tokens.valid[..., None, None], 0)
         return out.new_zeros(len(q), n, *out.shape[2:]).scatter(1, index[..., None, None].expand(out.shape), out)
 
@@ -87,8 +87,9 @@ class ZipVL(CachePrune):
         """Bool `[batch, n]`."""
         tokens = layer.tokens
         rows, probing = self._rows(tokens.valid, layer.number)
-        weights = row_weights(layer.attn, q, k, mask, layer.attn.scaling, rows).mean(1) * probing[..., None]
-        sees = (seen(layer.attn, mask, rows, len(tokens))[:, 0] & probing[..., None]).sum(1)
+        mask = mask if mask is not None and mask.ndim == 4 else None
+        weights = row_weights(q, k, mask, layer.attn.scaling, rows, tokens.valid).mean(1) * probing[..., None]
+        sees = (visible(q, k, mask, rows, tokens.valid)[:, 0] & probing[..., None]).sum(1)
         received = weights.sum(1)
         held = received.sort(dim=1, descending=True).values.cumsum(1)
         counts = (held < self.tau * probing.sum(1, keepdim=True)).sum(1) + 1
