@@ -187,6 +187,7 @@ def _staged(label: str, method: str) -> Row:
 BLIND_LAYER, BLIND_CACHE = "random at layer 2", "random in the cache"
 # Rows of a method, where it has not one row with its own defaults and `keep` of all.
 OWN: dict[str, list[Row]] = {
+    "cdpruner": [Row("CDPruner, without text", {"cdpruner": {"keep": KEEP}}, "prune", RANDOM)],
     "fastv": [_at_layer("FastV", "fastv")],
     "dart": [_at_layer("DART", "dart")],
     "pyramid-drop": [_staged("PyramidDrop", "pyramid-drop")],

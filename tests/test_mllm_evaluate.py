@@ -147,6 +147,13 @@ def test_differences_need_every_model(drawn):
     assert results.differences([good, good], [poor, poor]) == {"better": everything, "worse": []}
     assert results.differences([poor], [good]) == {"better": [], "worse": everything}
     assert results.differences([good, poor], [poor, good]) == {"better": [], "worse": []}
+    answers = invented(drawn, 3)
+    wrong = next(
+        i for i, q in enumerate(drawn.questions) if q in drawn.splits["adversarial"] and q.label == answers["said"][i]
+    )
+    answers["said"][wrong] = not answers["said"][wrong]
+    little = results.differences([good, results.sums(drawn, answers)], [poor, poor])  # the second is a little worse
+    assert "adv. acc." not in little["better"] and "adv. area" not in little["better"] and not little["worse"]
     assert results.differences([poor], [poor]) == {"better": [], "worse": []}
 
 

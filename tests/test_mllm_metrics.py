@@ -230,6 +230,9 @@ def test_amber_by_hand():
     )
     plain = Amber(words).score(responses, truth, typical)  # neither is doggo a dog, nor sky neutral
     assert plain["chair"] == 3 / 6
+    both = Amber({"dog": [], "wolf": []}, lambda a, b: 0.9)  # a true object is no target, however similar
+    assert both.score({1: "a dog"}, {1: ["dog"]}, {1: ["wolf"]})["cog"] == 0
+    assert both.score({1: "a wolf"}, {1: ["dog"]}, {1: ["wolf"]}) == {"chair": 0, "cover": 1, "hal": 0, "cog": 1}
     with pytest.raises(ValueError, match="no responses"):
         amber.score({}, {}, {})
 
