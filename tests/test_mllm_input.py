@@ -17,6 +17,8 @@ import transformers as hf  # noqa: E402
 from vlm_models import IMAGE, PATCH, PRUNED, SIDE, START, TOWER, VIDEO, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn.mllm import (  # noqa: E402
+    M3ID,
+    VHR,
     VTCCLS,
     CDPruner,
     DivPrune,
@@ -762,6 +764,22 @@ def test_prumerge_without_outliers_keeps_one():
     image = dataclasses.replace(shown(20), attention=torch.full((1, 20), 0.05))
     places, _ = PruMerge().select(image, 20)
     assert places.tolist() == [0, 19]
+
+
+@pytest.mark.slow
+@EVERY
+@pytest.mark.parametrize("steer", [VHR(), M3ID(decay=2.0, beta=0)], ids=lambda method: method.name)
+def test_new_features_and_steering(vlm: VLM, steer: Any):
+    """Tokens made of several are visual tokens to what steers, in its second branch too."""
+    model, rows = vlm.build(), [[3, "image", 4], [5, "image", 2, "image", 3]]
+    with attach(model, VisionZip(keep=0.4)):
+        _, alone = generate(model, vlm.inputs(rows), tokens=3)
+    with attach(model, VisionZip(keep=0.4), steer):
+        _, batch = generate(model, vlm.inputs(rows), tokens=3)
+        for i in range(len(rows)):
+            _, row = generate(model, single(vlm, rows, i), tokens=3)
+            torch.testing.assert_close(batch[:, i : i + 1], row, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(batch, alone, atol=1e-4)
 
 
 # Sizes
