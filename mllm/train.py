@@ -1,7 +1,7 @@
 """Train the built-in vision-language model from scratch on crowded pictures of the shapes world.
 
     python -m vision_attn.mllm.train --out runs/shapes-llava --seed 0
-    python -m vision_attn.mllm.train --out runs/shapes-llava-long --cell 24 --start runs/shapes-llava/model
+    python -m vision_attn.mllm.train --out runs/shapes-llava-long --cell 24 --start runs/shapes-llava/model --batch 8
 
 First the vision tower learns to see, on pictures without contexts; then the text model learns captions without
 pictures; then both learn to describe and to answer, with the tower frozen: trained along, it would learn to see what is
@@ -29,7 +29,7 @@ from vision_attn.mllm import tiny
 from vision_attn.shapes.crowd import CELL, CELLS, KINDS, Crowd, describe, draw_crowd, sample_crowd
 
 STEPS = {"tower": 700, "words": 150, "together": 1700}
-STARTED = {"tower": 400, "words": 0, "together": 600}  # after --start
+STARTED = {"tower": 1200, "words": 0, "together": 450}  # after --start
 HARD = 0.25  # share of the negative questions that ask for an absent partner
 
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cell", type=int, default=CELL, help="pixels a cell; 24 gives 576 tokens a picture")
     parser.add_argument("--start", type=Path, help="folder of a trained model to begin from")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, nargs=3, help="of the stages: 700 150 1700, or 400 0 600 after --start")
+    parser.add_argument("--steps", type=int, nargs=3, help="of the stages: 700 150 1700, or 1200 0 450 after --start")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     args.command = shlex.join(argv)
