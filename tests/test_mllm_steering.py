@@ -37,11 +37,14 @@ class Maps:
 
     `edit(layer, s, w, image, question, at_keys)` gets masked scores and weights `[batch, heads, queries, keys]`, bool
     `[batch, keys]` of visual keys and of the words after the last image, and what makes `[batch, keys]` of `[batch,
-    length]`; it returns weights. `edit.reading` says whether it is the prompt.
+    length]` (with `.column`, where the keys stood in the prompt); it returns weights. `edit.reading` says whether it is
+    the prompt.
     """
 
-    def __init__(self, model: Any, ids: torch.Tensor, edit: Callable[..., torch.Tensor], repeats: int = 1) -> None:
-        self.model, self.edit, self.length = model, edit, ids.shape[1]
+    def __init__(
+        self, model: Any, ids: torch.Tensor, edit: Callable[..., torch.Tensor], repeats: int = 1, run: Any = None
+    ) -> None:
+        self.model, self.edit, self.length, self.run = model, edit, ids.shape[1], run
         ids = ids.repeat_interleave(repeats, 0)
         self.image = ids == IMAGE
         after = self.image.flip(1).cumsum(1).flip(1) == 0
@@ -50,8 +53,13 @@ class Maps:
 
     def __call__(self, layer: int, module, q, k, v, mask, scale, compute):
         queries, keys = q.shape[2], k.shape[2]
-        reading = layer not in self.seen or queries == self.length
-        self.seen[layer] = queries + (0 if reading else self.seen[layer])
+        reading = layer not in self.seen
+        column = torch.arange(self.length).expand(len(q), -1)
+        if self.run is not None:  # tokens are dropped: where are those that stay?
+            prompt = self.run.engine.current
+            tokens = (prompt.tokens if reading else prompt.cached)[layer]
+            column = tokens.column.masked_fill(~tokens.valid, self.length)
+        self.seen[layer] = column.shape[-1] if reading else self.seen[layer] + queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).double() for x in (k, v))
         s = q.double() @ k.mT * scale
         if mask is None:
@@ -61,8 +69,10 @@ class Maps:
         total = max(self.seen[layer], keys)
 
         def at_keys(x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.pad(x, (0, total - self.length))[:, max(self.seen[layer] - keys, 0) :][:, :keys]
+            x = torch.nn.functional.pad(x[:, : self.length], (0, 1)).gather(1, column)
+            return torch.nn.functional.pad(x, (0, total - x.shape[1]))[:, max(self.seen[layer] - keys, 0) :][:, :keys]
 
+        at_keys.column = column
         self.edit.reading = reading
         w = self.edit(layer, s, s.softmax(-1).nan_to_num(), at_keys(self.image), at_keys(self.question), at_keys)
         return (w @ v).transpose(1, 2).to(q.dtype)
@@ -122,8 +132,8 @@ def gift(alpha: float, saliency: int, layers: range, found: dict) -> Callable[..
                 best = rises.sum((1, 2)).argsort(descending=True)[: w.shape[1] // 2]
                 m = rises[best].mean((0, 1))
                 m = m.clamp(m.mean() - 3 * m.std(), m.mean() + 3 * m.std())
-                factors = found.setdefault("gain", torch.ones(image.shape, dtype=m.dtype))
-                factors[row, seen] = (alpha * (m - m.min()) / (m.max() - m.min())).exp()
+                factors = found.setdefault("gain", torch.ones(len(w), 300, dtype=m.dtype))
+                factors[row, at_keys.column[row, seen]] = (alpha * (m - m.min()) / (m.max() - m.min())).exp()
             if layer in layers:
                 last, factors = w[row, :, -1], at_keys(found["gain"])[row, seen]
                 a = last[:, seen].sum(-1).argsort(descending=True)[: len(last) // 2]
@@ -154,8 +164,10 @@ def test_gift_looks_ahead():
     assert found["gain"].max() > 5
 
 
-def var(p: float, rho: float, floor: float, sinks: dict, selected: list) -> Callable[..., torch.Tensor]:
-    """`sinks`: layer -> bool `[batch, length]`; how many heads and rows were selected goes to `selected`."""
+def var(
+    p: float, rho: float, floor: float, sinks: dict, images: torch.Tensor, selected: list
+) -> Callable[..., torch.Tensor]:
+    """`sinks`: layer -> bool `[batch, length]`, as `images`; which heads and rows were chosen goes to `selected`."""
 
     def edit(layer, s, w, image, question, at_keys):
         if layer not in sinks:
@@ -163,7 +175,7 @@ def var(p: float, rho: float, floor: float, sinks: dict, selected: list) -> Call
         w = w.clone()
         sink = at_keys(sinks[layer])
         for row in range(len(w)):
-            if not (sink[row] & image[row]).any():
+            if not (sinks[layer][row] & images[row]).any():
                 continue
             chosen = question[row].nonzero()[:, 0] if edit.reading else range(w.shape[2])
             for head in range(w.shape[1]):
@@ -200,7 +212,7 @@ def test_var_takes_from_sinks(vlm: VLM):
     tau = 0.5 if vlm.name == "InstructBlip" else 1.2  # of its five visual tokens none is far out
     sinks = {2: (phi > tau) & inputs["attention_mask"].bool()}
     method = mllm.VAR(dims=(3, 9), tau=tau, rho=0.2, p=0.4, floor=0.05)
-    compare(model, method, var(0.4, 0.2, 0.05, sinks, selected), inputs)
+    compare(model, method, var(0.4, 0.2, 0.05, sinks, inputs["input_ids"] == IMAGE, selected), inputs)
     assert selected and (sinks[2] & (inputs["input_ids"] != IMAGE)).any()
 
 
