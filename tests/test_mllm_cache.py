@@ -317,6 +317,28 @@ def test_others_who_listen_see_every_head():
     assert seen[-1][1][2] == seen[-1][2][-1] and seen[-1][2][1] == 6
 
 
+@pytest.mark.parametrize("family", ["Llava", "Gemma3"])
+@pytest.mark.parametrize(
+    "steering",
+    [
+        mllm.GIFT(alpha=2.0),
+        mllm.VAR(dims=(3, 4, 5, 6), tau=1.5, layers=(2, 3)),
+        mllm.ZeroTuning(gamma=3.0),
+        mllm.ACT(((0, 1), (1, 0), (2, 3)), threshold=0.06),
+    ],
+    ids=lambda method: method.name,
+)
+def test_steering_a_ragged_cache_is_steering_an_edited_one(family: str, steering: Any):
+    model, inputs = VLMS[family].build(), single(VLMS[family], ROWS, 1)
+    with mllm.attach(model, steering):
+        wanted = edited(model, inputs, ladder(inputs, model.config.get_text_config().num_key_value_heads))
+        _, plain = generate(model, inputs, 4)
+    with mllm.attach(model, steering, Ladder()):
+        _, found = generate(model, inputs, 4)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert (found[1:] - plain[1:]).abs().max() > 1e-3
+
+
 def test_a_ragged_cache_is_smaller_and_says_when_it_cannot_be_read():
     vlm = VLMS["Llava"]
     model, inputs = vlm.build(), single(vlm, ROWS, 0)

@@ -67,18 +67,21 @@ class ACT(Around):
         heads = torch.tensor(sorted({head for layer, head in self.heads if layer == call.layer}), device=q.device)
         group, count = q.shape[1] // k.shape[1], q.shape[2]
         q, own_k, own_v = q[:, heads], k[:, heads // group], v[:, heads // group].float()
+        mask = call.mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:  # heads that see different keys
+            mask = mask[:, heads]
         cuts = [slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
         if call.reading:
             real = call.columns[:, 0] >= 0
-            got = sum(row_weights(q, own_k, call.mask, call.scale, rows, real).sum(2) for rows in cuts)
-            seen_by = sum(visible(q, own_k, call.mask, rows, real).sum(2) for rows in cuts)
+            got = sum(row_weights(q, own_k, mask, call.scale, rows, real).sum(2) for rows in cuts)
+            seen_by = sum(visible(q, own_k, mask, rows, real).sum(2) for rows in cuts)
             sinks = got / seen_by.clamp(min=1) > self.threshold
             every = got.new_zeros(len(got), out.shape[2], 1, k.shape[2])
             every[:, heads, 0] = (sinks & (sinks.cumsum(-1) > 1)).float()
             call.notes[call.layer] = call.spread(every)
         sinks = call.at_keys(call.notes[call.layer])[:, heads] > 0
         for rows in cuts:
-            w = row_weights(q, own_k, call.mask, call.scale, rows)
+            w = row_weights(q, own_k, mask, call.scale, rows)
             taken, left = ((w * part).sum(-1, keepdim=True) for part in (sinks, ~sinks))
             gain = 1 + (1 - self.beta) * taken / left
             w = torch.where(left > 1e-9, torch.where(sinks, self.beta * w, gain * w), w)
