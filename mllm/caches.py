@@ -93,9 +93,9 @@ class RaggedLayer(HeldLayer):
         for size, group in itertools.groupby(sizes):
             those, part = order[:, first : first + len(list(group))], len(self.plain)
             first += those.shape[1]
-            index = _rows(place, those)[..., place.shape[-1] - size :]
+            index = _heads(place, those)[..., place.shape[-1] - size :]
             for name, t in (("keys", keys), ("values", values), ("bias", bias)):
-                t = _rows(t, those)
+                t = _heads(t, those)
                 at = index if t.ndim == 3 else index[..., None].expand(*index.shape, t.shape[-1])
                 self.held[f"{name}{part}"] = t.gather(2, at)
             self.plain.append(not self.held[f"bias{part}"].any())
@@ -116,7 +116,7 @@ class RaggedLayer(HeldLayer):
             )
         for part, those in enumerate(self._orders()):
             for name, new in (("keys", key_states), ("values", value_states)):
-                self.held[f"{name}{part}"] = torch.cat([self.held[f"{name}{part}"], _rows(new, those)], 2)
+                self.held[f"{name}{part}"] = torch.cat([self.held[f"{name}{part}"], _heads(new, those)], 2)
         self.after += key_states.shape[2]
         return (key_states, value_states) if reader == "parts" else (self._whole("keys"), self._whole("values"))
 
@@ -129,13 +129,13 @@ class RaggedLayer(HeldLayer):
         kv_heads, outs = self.held["order"].shape[1], []
         group = q.shape[1] // kv_heads
         for part, those in enumerate(self._orders()):
-            own = _rows(q.unflatten(1, (kv_heads, group)), those).flatten(1, 2)
+            own = _heads(q.unflatten(1, (kv_heads, group)), those).flatten(1, 2)
             mask = None
             if not self.plain[part] or q.shape[2] > 1:
                 mask = self._mask(self.held[f"bias{part}"], q, self.means).repeat_interleave(group, 1)
             out = compute(own, self.held[f"keys{part}"], self.held[f"values{part}"], mask)
             outs.append(out.unflatten(2, (-1, group)).transpose(1, 2))
-        return _rows(torch.cat(outs, 1), self.held["order"].argsort(1)).transpose(1, 2).flatten(2, 3)
+        return _heads(torch.cat(outs, 1), self.held["order"].argsort(1)).transpose(1, 2).flatten(2, 3)
 
     def whole_mask(self, q: torch.Tensor, group: int, additive: bool) -> torch.Tensor:
         """The mask `[batch, heads, new, n + new]` of all keys for `q` `[..., new, any]`, its own not appended yet.
@@ -166,13 +166,18 @@ class RaggedLayer(HeldLayer):
             t = self.held[f"{name}{part}"]
             missing = (longest - t.shape[2], 0)
             parts.append(torch.nn.functional.pad(t, missing if t.ndim == 3 else (0, 0, *missing), value=fill))
-        return _rows(torch.cat(parts, 1), self.held["order"].argsort(1))
+        return _heads(torch.cat(parts, 1), self.held["order"].argsort(1))
 
     def get_seq_length(self) -> int:
         return self.held["keys0"].shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        removed = min(abs(tokens_to_remove), self.after)
+        removed = abs(tokens_to_remove)
+        if removed > self.after:
+            raise AttachError(
+                f"cannot take {removed} tokens off a cache with {self.after} after the prompt, of which heads hold "
+                "different tokens; start a new cache"
+            )
         for part in range(len(self.plain)):
             for name in ("keys", "values"):
                 t = self.held[f"{name}{part}"]
@@ -299,6 +304,6 @@ def shortened(
     return layer, Tokens(column, there[:, 0], visual & there)
 
 
-def _rows(t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _heads(t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Entries `order` (long `[batch, m]`) of `t` `[batch, heads, ...]` along the heads."""
     return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:]))

@@ -352,6 +352,8 @@ def test_a_ragged_cache_is_smaller_and_says_when_it_cannot_be_read():
     ids = torch.cat([inputs["input_ids"], torch.full((1, 5), 7)], 1)
     with pytest.raises(ValueError, match="only while the method that made it is attached"):
         model(input_ids=ids[:, -1:], past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot take 3 tokens off a cache with 2 after the prompt"):
+        cache.crop(-3)
 
 
 @FAMILIES
