@@ -32,6 +32,7 @@ class Row:
         kind: "baseline", "prune", "steer" or "both", the parts of the table.
         control: the row that says what the idea adds to what any method of its cost would do.
         prepare: makes the methods for a model, where they have to be fitted or calibrated to it.
+        how: what `prepare` or `look` does, for the reader.
         look: from a model, a picture and a question to the picture that is answered from, where that is another.
     """
 
@@ -40,6 +41,7 @@ class Row:
     kind: str = "steer"
     control: str = ""
     prepare: Callable[[Student], tuple[Method, ...]] | None = None
+    how: str = ""
     look: Callable[[Student, np.ndarray, str], np.ndarray] | None = None
 
     def built(self, student: Student) -> tuple[Method, ...]:
@@ -194,37 +196,76 @@ OWN: dict[str, list[Row]] = {
     "sparsevlm": [_staged("SparseVLM", "sparsevlm")],
     "schedule": [
         Row("TokenSchedule, halved by every layer", {"schedule": {"keep": (1.0, 0.5, 0.25, 0.125)}}, "prune"),
-        Row("TokenSchedule, G-Search", {"schedule": {}}, "prune", prepare=_searched),
+        Row(
+            "TokenSchedule, G-Search",
+            {"schedule": {}},
+            "prune",
+            prepare=_searched,
+            how="by `search_schedule`, on the answers about 30 other pictures",
+        ),
     ],
     "visual-exit": [
         Row("VisualExit, fixed", {"visual-exit": {}}, "prune"),
         Row("VisualExit, attention", {"visual-exit": {"rule": "attention"}}, "prune"),
-        Row("VisualExit, routers", {"visual-exit": {"rule": "router"}}, "prune", prepare=_routed),
+        Row(
+            "VisualExit, routers",
+            {"visual-exit": {"rule": "router"}},
+            "prune",
+            prepare=_routed,
+            how="by `fit_exit`, on what the model says of 30 other pictures",
+        ),
     ],
     "kvprune": [Row("KVPrune", {"kvprune": {"keep": KEEP, "rows": 8}}, "prune", BLIND_CACHE)],
-    "streaming-heads": [Row("StreamingHeads, identified", {"streaming-heads": {}}, "prune", prepare=_streaming)],
+    "streaming-heads": [
+        Row(
+            "StreamingHeads, identified",
+            {"streaming-heads": {}},
+            "prune",
+            prepare=_streaming,
+            how="by `StreamingHeads.identify(induction=0.3, sink=2, recent=8)`",
+        )
+    ],
     "task-kv": [Row("TaskKV", {"task-kv": {"recent": 8, "middle": 8}}, "prune")],
     "zipvl": [
         Row("ZipVL, drop", {"zipvl": {"recent": 8, "probes": 16}}, "prune"),
         Row("ZipVL, quantize", {"zipvl": {"recent": 8, "probes": 16, "mode": "quantize"}}, "prune"),
     ],
-    "icd": [Row("ICD, in words it does not know", {"icd": {}}, prepare=_disturbed)],
+    "icd": [
+        Row(
+            "ICD, in words it does not know",
+            {"icd": {}},
+            prepare=_disturbed,
+            how="the sentence of the paper, none of whose words the model knows",
+        )
+    ],
     "neighbor-visual": [Row("NeighborVisualAttention", {"neighbor-visual": {}}, "prune")],
-    "visual-heads": [Row("VisualHeadMask, calibrated", {"visual-heads": {}}, "prune", prepare=_blinded)],
+    "visual-heads": [
+        Row(
+            "VisualHeadMask, calibrated",
+            {"visual-heads": {}},
+            "prune",
+            prepare=_blinded,
+            how="by `VisualHeadMask.calibrate`, on 40 other pictures",
+        )
+    ],
     "damro": [Row("DAMRO, 4 patches", {"damro": {"k": 4}})],
     "pai": [
         Row("PAI", {"pai": {}}),
         Row("PAI, attention alone, alpha 0.5", {"pai": {"alpha": 0.5, "gamma": 1.0}}),
     ],
     "gift": [Row(f"GIFT, alpha {alpha:g}", {"gift": {"alpha": alpha}}) for alpha in (1.0, 5.0)],
-    "act": [Row("ACT, fitted", {"act": {}}, prepare=_calibrated)],
+    "act": [
+        Row("ACT, fitted", {"act": {}}, prepare=_calibrated, how="by `fit_act`, on the answers about 20 other pictures")
+    ],
     "zerotuning": [Row(f"ZeroTuning, gamma {gamma}", {"zerotuning": {"gamma": gamma}}) for gamma in (0.5, 2.0)],
 }
 CONTROLS = [
     Row(BLIND_LAYER, kind="prune", prepare=lambda student: (RandomLayer(),)),
     Row(BLIND_CACHE, kind="prune", prepare=lambda student: (RandomCache(),)),
 ]
-PROCEDURES = [Row("CARVE, its picture alone", look=_carved)]  # what works around `generate`, and is not attached
+PROCEDURES = [
+    Row("CARVE, its picture alone", look=_carved, how="`CARVE(steps=4, pair=False)`")
+]  # what works around `generate`, and is not attached
 BOTH = [
     Row("HoloV + VHR", {"holov": {"keep": KEEP}, "vhr": {}}, "both", "HoloV"),
     Row("FastV + GIFT, alpha 1", {"fastv": {"keep": KEEP}, "gift": {"alpha": 1.0}}, "both", "FastV"),

@@ -189,7 +189,7 @@ _INTRODUCTION = """# Every method on the built-in vision-language model
 python -m vision_attn.mllm.evaluate --models MODEL... --cache CACHE
 ```
 
-Written by that command. The models are small LLaVAs of 0.76 million parameters, trained with different seeds by
+Written by that command. The models are small LLaVAs of 0.8 million parameters, trained with different seeds by
 `python -m vision_attn.mllm.train` on crowded pictures in which things come with their usual companions, each with
 probability 0.8. Here each comes with probability {partners:g}, in {images} pictures, so that answers from habit are
 often wrong. **A toy shows mechanics and directions. It says nothing about what these methods do for large models**: it
@@ -247,9 +247,8 @@ def _settings(shown: set[str]) -> str:
     lines = []
     for row in rows():
         calls = [f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" for name, given in row.methods.items()]
-        fitted = ", fitted to each model on other pictures" if row.prepare is not None else ""
-        if row.name in shown and row.methods and (fitted or any(row.methods.values())):
-            lines.append(f"- {row.name}: {' + '.join(calls)}{fitted}")
+        if row.name in shown and (row.how or any(row.methods.values())):
+            lines.append(f"- {row.name}: {row.how or ' + '.join(calls)}")
     return "\n".join(lines)
 
 
