@@ -368,7 +368,9 @@ def test_images_of_a_prompt_that_was_not_read_are_forgotten():
             generate(model, others)
         handle.remove()
         assert torch.equal(generate(model, inputs)[1], wanted)
-        generate(model, others)
+        model.model.vision_tower.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            generate(model, others)
         watch = run.engine.watch
     assert watch.vision is None and not any(layer.q for _, layer in watch.layers.values())
 
