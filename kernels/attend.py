@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .backends import BACKENDS, ready
 from .operator import attend_in_graph
 from .patterns import Dense, Pattern, PerHead
 from .problem import check_heads, describe, resolve_scale
+
+if TYPE_CHECKING:
+    from .parallel import Shards
 
 
 def attend(
@@ -22,6 +27,7 @@ def attend(
     bias: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    parallel: Shards | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of grid tokens, restricted to the pairs that `pattern` allows.
 
@@ -40,6 +46,8 @@ def attend(
             block, shaped as its `index`.
         return_lse: also return the natural log of the sum of exponentials of the scaled scores.
         backend: a name from `explain`; None picks the fastest that does exactly what is asked.
+        parallel: the grid is cut along one axis over the ranks of a process group, and q, k and v are the rows of this
+            one, for example `Shards(axis=1)`; rows that the windows of other ranks reach are exchanged.
 
     Returns:
         `[batch, *grid, heads, value_dim]` in the dtype of q; with `return_lse` also `[batch, *grid, heads]` in float32
@@ -58,8 +66,19 @@ def attend(
     if isinstance(pattern, PerHead):
         if not compiling:
             describe(q, k, v, Dense(), scale, extra_kv, extra_mask, None, return_lse)
-        options = dict(scale=scale, extra_mask=extra_mask, return_lse=return_lse, backend=backend)
+        options = dict(scale=scale, extra_mask=extra_mask, return_lse=return_lse, backend=backend, parallel=parallel)
         return _per_head(q, k, v, pattern, extra_kv, bias, options)
+    if parallel is not None:
+        if compiling:
+            raise ValueError("parallel= cannot be part of a compiled graph; compile what is around it")
+        from .parallel import attend_sharded
+
+        return attend_sharded(
+            q, k, v, pattern, parallel,
+            dict(
+                scale=scale, extra_kv=extra_kv, extra_mask=extra_mask, bias=bias, return_lse=return_lse, backend=backend
+            ),
+        )  # fmt: skip
     if isinstance(pattern, Pattern) and type(pattern).prepare is not Pattern.prepare:
         if not compiling:  # before anything is done to them
             describe(q, k, v, pattern, scale, extra_kv, extra_mask, bias, return_lse)

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Importing this package needs torch only; each name loads on first use.
 _PUBLIC = {
     "attend": "kernels.attend",
+    "Shards": "kernels.parallel",
     "explain": "kernels.explain",
     "Pattern": "kernels.patterns",
     "PATTERNS": "kernels.patterns",
