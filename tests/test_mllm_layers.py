@@ -21,12 +21,14 @@ from vision_attn.mllm import (  # noqa: E402
     PyramidDrop,
     SparseVLM,
     TokenSchedule,
+    UniformPrune,
     VisualExit,
     attach,
     fit_exit,
     prefill_flops,
     search_schedule,
 )
+from vision_attn.mllm.exits import _states  # noqa: E402
 from vision_attn.mllm.ranking import rows_where  # noqa: E402
 from vision_attn.mllm.schedules import fit_sigmoid  # noqa: E402
 
@@ -211,21 +213,21 @@ def kept_shares(model: Any) -> list[float]:
 
 def test_the_greedy_search_finds_what_each_layer_needs():
     """A score that is full exactly where layers have the tokens that they need; a budget is kept and used."""
-    model, needs = LLAVA.build(), [1.0, 0.5, 0.25, 0.0]
+    model, needs = LLAVA.build(), [1.0, 11 / 16, 5 / 16, 3 / 16]
 
     def score(model: Any) -> float:
-        return 1.0 if all(a >= b for a, b in zip(kept_shares(model), needs, strict=True)) else 0.9
+        return 1.0 if all(a >= round(36 * b) / 36 for a, b in zip(kept_shares(model), needs, strict=True)) else 0.9
 
-    found = search_schedule(model, score, steps=4, tokens=(36, 14))
-    assert found.schedule.keep == (1.0, 0.5, 0.25, 0.0) and found.score == found.full == 1.0
+    found = search_schedule(model, score, steps=16, tokens=(36, 14))
+    assert found.schedule.keep == tuple(needs) and found.score == found.full == 1.0
     assert len(found.tried) == len({keep for keep, _ in found.tried})
     config = model.config.get_text_config()
-    cost = prefill_flops(config, [50, 32, 23, 14]) / prefill_flops(config, [50] * 4)
+    cost = prefill_flops(config, [50, 39, 25, 21]) / prefill_flops(config, [50] * 4)
     assert found.flops == pytest.approx(cost)
     loose = search_schedule(model, score, steps=4, tolerance=0.2, tokens=(36, 14))
     assert loose.schedule.keep == (1.0, 0.0, 0.0, 0.0) and loose.score == 0.9
     one = search_schedule(model, score, steps=4, cuts=1)
-    assert one.schedule.keep == (1.0, 0.5, 0.5, 0.5)
+    assert one.schedule.keep == (1.0, 1.0, 0.5, 0.5)
 
     def early(model: Any) -> float:  # the later the tokens go the better: the steepest sigmoid
         return kept_shares(model)[1]
@@ -241,21 +243,22 @@ def test_the_greedy_search_finds_what_each_layer_needs():
 
 def test_the_exit_by_attention_is_its_rule():
     """Rows leave where what they give to the picture stayed low, each for itself."""
-    model, rows = LLAVA.build(), [[3, "image", 7], [6, "image", 2], [4, "image", 5], [9]]
+    model = LLAVA.build(num_hidden_layers=8)
+    rows = [[3, "image", 7], [6, "image", 2], [4, "image", 5], [9]]
     given = []
     for i in range(3):
         inputs = single(LLAVA, rows, i)
         a, _ = maps(model, inputs, {})
         given.append([float(layer[:, -1, inputs["input_ids"][0] == IMAGE].sum(1).mean()) for layer in a])
-    tau = sorted(x for row in given for x in row[1:3])[3]  # half of what counts is below
-    for patience in (1, 2):
+    tau = sorted(x for row in given for x in row[2:7])[8]  # half of what counts is below
+    together = []
+    for patience in (1, 2, 3):
         leaves = []
         for row in given:
-            low = [row[n] < tau for n in range(3)]
-            ends = [n for n in (1, 2) if all(low[max(0, n - patience + 1) : n + 1]) and n - patience + 1 >= 0]
+            low = [x < tau for x in row]
+            ends = [n for n in range(2, 7) if n - patience + 1 >= 0 and all(low[n - patience + 1 : n + 1])]
             leaves.append(ends[0] + 1 if ends else None)
-        if patience == 1:
-            assert len(set(leaves)) > 1, leaves
+        together += leaves
         method = VisualExit(rule="attention", tau=tau, patience=patience)
         with attach(model, method) as run:
             _, batch = generate(model, LLAVA.inputs(rows), tokens=3)
@@ -265,7 +268,8 @@ def test_the_exit_by_attention_is_its_rule():
                 torch.testing.assert_close(batch[:, i : i + 1], alone, **CLOSE)
         for row, first in enumerate(leaves):
             counts = [int(t.visual[row].sum()) for t in tokens]
-            assert counts == [36 if first is None or n < first else 0 for n in range(4)]
+            assert counts == [36 if first is None or n < first else 0 for n in range(8)]
+    assert len(set(together)) > 3, together
 
 
 def test_routers_learn_where_the_picture_may_go(tmp_path):
@@ -275,9 +279,9 @@ def test_routers_learn_where_the_picture_may_go(tmp_path):
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -2:] = model(**inputs).logits[:, -3:-1, :90].argmax(-1)
         samples.append((inputs, labels))
-    fitted = fit_exit(model, samples, agree=0.4, worse=2.0, steps=60, rank=8, hidden=16)
+    fitted = fit_exit(model, samples, agree=0.4, worse=1.05, steps=60, rank=8, hidden=16)
     assert set(fitted.leave) == {1, 2, 3}
-    goes = {layer: [] for layer in (1, 2, 3)}
+    goes, agreed = {layer: [] for layer in (1, 2, 3)}, 0
     for inputs, labels in samples:  # the label by itself: hidden keys instead of dropped tokens
         columns = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0].tolist()
 
@@ -289,9 +293,10 @@ def test_routers_learn_where_the_picture_may_go(tmp_path):
         for layer in goes:
             blind, more = says(maps(model, inputs, {layer: columns})[1][-1])
             same = sum(a == b for a, b in zip(stock, blind, strict=True)) / 2
-            goes[layer].append(same > 0.4 and more < 2.0 * loss)
+            goes[layer].append(same > 0.4 and more < 1.05 * loss)
+            agreed += same > 0.4
     assert fitted.leave == {layer: pytest.approx(sum(g) / 6) for layer, g in goes.items()}
-    assert 0 < sum(map(sum, goes.values())) < 18 and min(fitted.right.values()) >= 0.8
+    assert 0 < sum(map(sum, goes.values())) < agreed < 18 and min(fitted.right.values()) >= 0.8
 
     routers = fitted.method.routers
     routers.save(tmp_path / "routers.safetensors")
@@ -302,6 +307,7 @@ def test_routers_learn_where_the_picture_may_go(tmp_path):
     first = 4
     for number in (3, 2, 1):
         x = torch.cat([states[number][40:-1].mean(0), states[number][-1]])
+        torch.testing.assert_close(_states(model, inputs, samples[0][1], (number,))[0], x, **CLOSE)
         router = routers.routers[number - 1]
         logits = router[3].weight @ torch.nn.functional.gelu(router[1].weight @ (router[0].weight @ x))
         first = number if logits[1] > logits[0] else first
@@ -345,7 +351,7 @@ def test_what_cannot_be_done_is_said():
 def test_a_loop_of_calls_is_generate():
     """Without `generate` the text model makes the cache, and what was dropped is known by it in the next call."""
     model, inputs = LLAVA.build(), LLAVA.inputs(ROW)
-    with attach(model, FastV(keep=9)):
+    with attach(model, UniformPrune(keep=18), FastV(keep=9), positions="original"):
         ids, logits = generate(model, inputs, tokens=3)
         out = model(**inputs)
         for i in range(2):

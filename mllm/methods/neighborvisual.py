@@ -40,8 +40,9 @@ class NeighborVisualAttention(Around):
     The square replaces the causal rule among visual tokens, so a token sees those right of it and below it too, and
     none of another picture, tile or frame. Words see, and are seen, as before; so are tokens that end a row of tiles.
     The pictures go through the neighborhood kernels, and only the rows of words through the attention of the model.
-    What is saved is attention among visual tokens, which at 576 of them is about 4 % of the prefill of a 7B model. The
-    authors fine-tune their LLaVA with it; without, answers change.
+    What is saved is attention among visual tokens, which at 576 of them is about 4 % of the prefill of a 7B model: one
+    such picture takes longer to read than without. Sixteen of them in a prompt took 0.4 of the time (a text model of
+    two layers and width 256, one CPU core). The authors fine-tune their LLaVA with it; without, answers change.
 
     Args:
         window: side of the square in tokens, odd.

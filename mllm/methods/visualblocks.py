@@ -21,7 +21,8 @@ class VisualBlockPattern(Around):
     Pictures, and the views of a picture in tiles, count as frames. Words see all that is before them. The pattern is
     rounded out to whole blocks: of two blocks in which any pair of tokens is allowed, all pairs are that stand in
     order. A prompt with one view is read as before. The kernels skip what is left out, which pays for long prompts
-    only; the cache and what follows the prompt do not change.
+    only: at 9 264 tokens it took 0.54 of the time, at 609 twice as long (a text model of two layers and width 256, one
+    CPU core). The cache and what follows the prompt do not change.
 
     Args:
         frame_window: frames before its own that a visual token sees, at least 0.
