@@ -29,7 +29,9 @@ class InputPrune(Method):
     """Drops visual tokens before the text model: every layer and the whole cache get shorter.
 
     Args:
-        keep: visual tokens of an image that stay: a share above 0 and up to 1 (float), or a count (int).
+        keep: visual tokens of an image that stay: a share above 0 and up to 1 (float), or a count (int). Frames of a
+            video share its budget evenly where the vision tower is looked at; tiles with words between them, as those
+            of Idefics3 and SmolVLM, have each their own. Tokens that end a row of an image stay besides.
     """
 
     keep: float | int = 0.25
