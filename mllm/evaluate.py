@@ -143,13 +143,14 @@ def cost(student: Student, methods: tuple, drawn: Exam, look: Look | None = None
         student.generate(student.inputs([shown], [tiny.DESCRIBE]), 1)
 
     passes: list[list[int]] = []
+    last = [0]
     caches: dict[int, Any] = {}
 
     def watch(number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
-        if number == 0:
-            passes.append([])
-        passes[-1].append(hidden.shape[0] * hidden.shape[1])
+        if not passes or number <= last[0]:
+            passes.append([0] * len(layers))  # some methods run the first or the last layers only
+        last[0], passes[-1][number] = number, hidden.shape[0] * hidden.shape[1]
         if cache is not None:
             caches[id(cache)] = cache
 

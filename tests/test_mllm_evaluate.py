@@ -177,6 +177,10 @@ def test_cost_is_counted_from_what_ran(student, drawn):
     assert pruned["kept"] == 4
     assert pruned["flops"] == prefill_flops(config, [length - 48] * 3 + [length - 60])
     assert pruned["cache"] == kv_bytes(config, length, torch.float32) * (3 * (length - 48) + length - 60) / (4 * length)
+    half = cost(student, (), drawn, lambda picture, question: student.model.get_decoder().layers[2](
+        torch.zeros(1, 5, 96), position_embeddings=(torch.ones(1, 5, 16), torch.zeros(1, 5, 16))) is None or picture
+    )  # fmt: skip
+    assert half["flops"] == plain["flops"] + prefill_flops(config, [0, 0, 5, 0])
     branch = cost(student, (VCD(),), drawn)
     assert branch["flops"] == 2 * plain["flops"] and branch["cache"] == 2 * plain["cache"]
 
