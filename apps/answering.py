@@ -149,7 +149,7 @@ def answer(image: str, question: str, asked: dict[str, Any]) -> None:
         _check_words(loaded, inputs, question)
 
     rows = [()] * (asked["compare"] or not attached) + [tuple(attached)] * bool(attached)
-    found = [_answer(loaded, inputs, methods, asked["tokens"]) for methods in rows]
+    found = [_answer(loaded, inputs, row, asked["tokens"]) for row in rows]
     if output is not None:
         from vision_attn.apps.kept import draw
 
@@ -176,11 +176,12 @@ def _answer(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...]
     """One answer; with nothing attached, that of the untouched model."""
     from vision_attn.mllm import attach
 
+    drops = any(isinstance(method, DROPS) for method in attached)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(attach(loaded.model, *attached)) if attached else None
         output = loaded.generate(inputs, tokens)
-        prompt = None if run is None else run.engine.prompts.get(output.past_key_values)
+        prompt = run.engine.prompts[output.past_key_values] if drops else None
         report = None if run is None else run.report
     return {
         "name": " + ".join(method.name for method in attached) or "untouched",
@@ -192,7 +193,7 @@ def _answer(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...]
         "text": None if report is None else str(report),
         "prompt": prompt,
         "attached": attached,
-        "drops": any(isinstance(method, DROPS) for method in attached),
+        "drops": drops,
     }
 
 
