@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "vision_attn" / "README.md")
+PAGES = (README, ROOT / "vision_attn" / "README.md", ROOT / "mllm" / "README.md")
 CANNOT_RUN_HERE = {
     "# needs a GPU and a download": "needs a GPU and a download",
     "# builds .venv and installs": "installs into .venv; this suite is what it would run",
@@ -45,6 +45,12 @@ def vision_table() -> str:
     return bench_table()
 
 
+def methods_table() -> str:
+    from vision_attn.mllm.registry import methods_table
+
+    return methods_table()
+
+
 def backbones_table() -> str:
     from vision_attn.backbones import backbones_table
 
@@ -54,6 +60,7 @@ def backbones_table() -> str:
 TABLES = {
     PAGES[0]: {"backends": backends_table, "bench": bench_table, "families": families_table},
     PAGES[1]: {"vision": vision_table, "backbones": backbones_table},
+    PAGES[2]: {"methods": methods_table},
 }
 
 
@@ -66,7 +73,7 @@ def with_tables(page: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn"])
+@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn", "mllm"])
 def test_tables_are_what_the_code_says(page):
     assert page.read_text() == with_tables(page), "run python tests/test_readme.py"
 
@@ -82,7 +89,7 @@ def test_block_runs(language, code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn"])
+@pytest.mark.parametrize("page", PAGES, ids=["root", "vision_attn", "mllm"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
