@@ -45,19 +45,23 @@ class Rows:
     notes: dict[Any, Any]
 
     def at_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, 1 or heads, 1, keys]` from `[batch, length]` over the columns of the prompt; 0 at other keys.
+        """`[batch, 1 or heads, 1, keys]` from `[batch, length]` over the columns of the prompt; 0 at other keys. And
+        `[batch, 1 or heads, keys, n]` from `[batch, length, n]`.
 
         `x` must live as long as the prompt, as what is in `notes` does: the result is made once for all layers.
         """
         made = self.prompt.notes["step"]
-        key = id(self.columns), id(x)
+        key, where = (id(self.columns), id(x)), (id(self.columns), "places")
+        if where not in made:
+            outside = (self.columns < 0) | (self.columns >= x.shape[1])
+            batch = torch.arange(len(x), device=x.device)[:, None, None]
+            made[where] = batch, self.columns.masked_fill(outside, x.shape[1])
         if key not in made:
-            place = self.columns.clamp(0, x.shape[1] - 1)
-            found = x.gather(1, place.flatten(1)).view(place.shape)
-            found = found * ((self.columns >= 0) & (self.columns < x.shape[1]))
+            padded = torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
+            found = padded[made[where]]
             if found.shape[1] > 1:
                 found = found.repeat_interleave(self.heads // found.shape[1], 1)
-            made[key] = found[:, :, None]
+            made[key] = found[:, :, None] if x.ndim == 2 else found
         return made[key]
 
     @property

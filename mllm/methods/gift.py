@@ -101,7 +101,8 @@ class GIFT(RowEdit):
         maps = notes.setdefault("maps", [])
         maps.append(by_column(mean, tokens, prompt.length))
         there = by_column(tokens.visual, tokens, prompt.length)
-        notes["gain"] = _gain(sum(maps) / len(maps), there, self.alpha)
+        more = _gain(sum(maps) / len(maps), there, self.alpha) - 1
+        notes["parts"] = torch.stack([prompt.asked.float(), more, notes["question"].float()], -1)
 
     def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
         _, layers = self._layers(rows.layers)
@@ -109,16 +110,13 @@ class GIFT(RowEdit):
             if rows.reading:
                 self.foresee(rows, w)
             return w
-        notes, image = rows.notes, rows.image
-        gain, asked = rows.at_keys(notes["gain"]), rows.at_keys(notes["question"])
-        seen = w * image
-        mass = seen.sum(-1, keepdim=True)
-        heads = _most(mass.squeeze(-1))[..., None]
-        more = seen * (gain - 1) * heads  # what is added
-        before = (mass * heads).sum(1, keepdim=True)
-        grown = more.sum((1, 3), keepdim=True) / before.clamp(min=1e-30)  # r - 1
-        readers = _most((w * asked).sum(-1))[..., None]
-        w = w + more + w * asked * readers * grown
+        parts = rows.at_keys(rows.notes["parts"])  # the image, what its factors have above 1, and the question
+        sums = w @ parts  # [batch, heads, rows, 3]
+        most = sums >= sums.topk(max(1, w.shape[1] // 2), dim=1).values[:, -1:]
+        mass, more, _ = (sums * most[..., :1]).sum(1, keepdim=True).split(1, -1)
+        grown = more / mass.clamp(min=1e-30)  # by which share image weights grew
+        changes = torch.cat([most[..., :1].float(), most[..., 2:] * grown], -1)
+        w = torch.addcmul(w, w, changes @ parts[..., 1:].mT)
         return w / w.sum(-1, keepdim=True)
 
 

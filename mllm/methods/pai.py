@@ -57,7 +57,9 @@ class PAI(RowEdit, Contrast):
         return tuple(range(2, layers)) if self.layers is None else check_layers("PAI", self.layers, layers)
 
     def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
-        return torch.where(rows.image, s + self.alpha * s.abs(), s)
+        if "alpha" not in rows.notes:
+            rows.notes["alpha"] = self.alpha * rows.prompt.asked.float()
+        return torch.addcmul(s, s.abs(), rows.at_keys(rows.notes["alpha"]))
 
     @property
     def contrasts(self) -> bool:

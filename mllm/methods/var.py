@@ -100,21 +100,23 @@ class VAR(RowEdit):
         if prompt is None or not engine.reading or engine.branching:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        sink = relative(hidden)[..., dims].amax(-1) > self.tau
-        notes = prompt.notes.setdefault(id(self), {})
-        notes[number] = by_column(sink, prompt.tokens[number], prompt.length)
+        tokens, notes = prompt.tokens[number], prompt.notes.setdefault(id(self), {})
+        sink = (relative(hidden)[..., dims].amax(-1) > self.tau) & tokens.valid
+        sink &= (sink & tokens.visual).any(1, keepdim=True)  # without a visual one, none is robbed
+        parts = [tokens.visual, tokens.visual & sink, sink, tokens.visual & ~sink]
+        parts = [by_column(part, tokens, prompt.length) for part in parts]
+        notes[number] = torch.stack(parts, -1).float() if sink.any() else None
+        notes["least"] = 1e-6 * prompt.asked.sum(1)[:, None, None, None]
 
     def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
-        found = rows.notes[rows.layer]
-        sink, image = rows.at_keys(found), rows.image
-        seen = w * image
-        total, lost = seen.sum(-1, keepdim=True), (seen * sink).sum(-1, keepdim=True)
-        free = seen * ~sink
-        left = free.sum(-1, keepdim=True)
-        chosen = (total >= self.floor) & (lost / (total + 1e-6 * image.sum(-1, keepdim=True)) <= 1 - self.rho)
-        chosen &= (left > 0) & (found & rows.prompt.asked).any(1)[:, None, None, None]
-        budget = (1 - self.p) * (w * sink).sum(-1, keepdim=True)
-        return torch.where(chosen, torch.where(sink, self.p * w, w) + budget * free / left, w)
+        if rows.notes[rows.layer] is None:
+            return w
+        parts = rows.at_keys(rows.notes[rows.layer])
+        total, lost, budget, left = (w @ parts).split(1, -1)
+        chosen = (total >= self.floor) & (lost <= (1 - self.rho) * (total + rows.notes["least"])) & (left > 0)
+        taken = (1 - self.p) * chosen
+        changes = torch.cat([-taken, taken * budget / left.clamp(min=1e-30)], -1)
+        return torch.addcmul(w, w, changes @ parts[..., 2:].mT)
 
 
 def relative(hidden: torch.Tensor) -> torch.Tensor:
