@@ -112,7 +112,8 @@ class Branches:
 
     def __init__(self, engine: Any, method: Contrast) -> None:
         self.engine, self.method = engine, method
-        self.calls: dict[str, dict[str, Any]] = {}  # of this generation, until its processor is made
+        self.calls: dict[str, tuple[dict[str, Any], Any]] = {}  # of this generation, until its processor is made
+        self.inside = False  # some models give videos to their own function for images
         self.kept: WeakKeyDictionary[Any, Branch] = WeakKeyDictionary()  # for another turn, by the main cache
         self.early: dict[int, torch.Tensor] = {}  # logits of early layers at the last token of the main branch
 
@@ -128,11 +129,17 @@ class Branches:
             engine.before(layers[number], functools.partial(self._see_layer, number))
 
     def _encode(self, name: str, plain: Callable, *args: Any, **kwargs: Any) -> Any:
-        """`get_image_features`, noting what it is called with."""
-        if not self.engine.branching:
-            bound = inspect.signature(plain).bind(*args, **kwargs).arguments
-            self.calls[name] = {**bound, **bound.pop("kwargs", {})}
-        return plain(*args, **kwargs)
+        """`get_image_features`, noting what it is called with and what it gives."""
+        if self.engine.branching or self.inside:
+            return plain(*args, **kwargs)
+        self.inside = True
+        try:
+            out = plain(*args, **kwargs)
+        finally:
+            self.inside = False
+        bound = inspect.signature(plain).bind(*args, **kwargs).arguments
+        self.calls[name] = {**bound, **bound.pop("kwargs", {})}, out
+        return out
 
     def _processors(self, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(plain).bind(*args, **kwargs).arguments
@@ -143,7 +150,13 @@ class Branches:
                 "read by one branch only; leave prompt_lookup_num_tokens out"
             )
         processors = plain(*args, **kwargs)
-        calls, self.calls = self.calls, {}
+        encoded = given.get("mm_encoder_outputs") or {}  # others than those noted may have been given to generate()
+        calls = {
+            name: call
+            for name, (call, out) in self.calls.items()
+            if not encoded or encoded.get(name.split("_")[1]) is out
+        }
+        self.calls = {}
         repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
         source = Source(self.engine, calls, repeats)
         processors.insert(0, _Processor(self, source, dict(given), beams=(config.num_beams or 1) > 1))

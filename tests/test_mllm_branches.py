@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 from test_mllm_engine import Cached, Late, Third  # noqa: E402
+from test_mllm_input import video  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 from vlm_models import IMAGE, PRUNED, VLM, VLMS, VOCABULARY, single  # noqa: E402
 
@@ -22,6 +23,7 @@ from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
 from vision_attn.mllm.methods.agla import AGLA, masked_image  # noqa: E402
 from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
 from vision_attn.mllm.methods.dola import DoLa  # noqa: E402
+from vision_attn.mllm.methods.fastervlm import FasterVLM  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
 from vision_attn.mllm.methods.opera import OperaPenalty  # noqa: E402
@@ -82,12 +84,12 @@ def read(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tensor) -
     return torch.cat(logits)
 
 
-def noisy(pixels: torch.Tensor, steps: int) -> torch.Tensor:
+def noisy(pixels: torch.Tensor, steps: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """Forward diffusion, one step after the other in closed form, from the definition."""
     kept = 1.0
     for i in range(steps + 1):
         kept *= 1 - ((0.005 - 1e-5) / (1 + math.exp(6 - 12 * i / 999)) + 1e-5)
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(pixels.shape, generator=generator or torch.Generator().manual_seed(0))
     mixed = math.sqrt(kept) * pixels + math.sqrt(1 - kept) * noise
     if pixels.ndim == 5:  # tiles that fill up a row
         for row in range(len(pixels)):
@@ -185,8 +187,11 @@ def allowed(model: torch.nn.Module, scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-@EVERY
-@pytest.mark.parametrize("name", METHODS)
+SAME_PATH = {"agla": ("Llava", "Idefics3"), "pai": ("Llava", "Qwen2_5_VL")}  # as VCD, and as M3ID
+SHOWN = [(vlm, name) for vlm in VLMS.values() for name in METHODS if vlm.name in SAME_PATH.get(name, VLMS)]
+
+
+@pytest.mark.parametrize("vlm, name", SHOWN, ids=[f"{name}-{vlm.name}" for vlm, name in SHOWN])
 def test_both_branches_are_the_stock_model(vlm: VLM, name: str):
     """A ragged batch with one image, two images, and no image, which is left as it is."""
     method, other, combine = METHODS[name]
@@ -259,13 +264,12 @@ def test_contrast_of_pruned_prompts(vlm: VLM):
                 torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "vlm, name", [(vlm, "m3id") for vlm in VLMS.values()] + [(VLMS["Llava"], "vcd"), (VLMS["Qwen3VL"], "vcd")]
-)
-def test_beams(vlm: VLM, name: str):
+@pytest.mark.parametrize("family, name", [*((name, "m3id") for name in VLMS), ("Llava", "vcd"), ("Qwen3VL", "vcd")])
+def test_beams(family: str, name: str):
     """The log-probability of every beam is that of its tokens under the contrast, read without beams."""
     method, other, combine = METHODS[name]
-    model, rows, tokens = vlm.build(), rows_of(vlm)[:2], 5
+    vlm, tokens = VLMS[family], 5
+    model, rows = vlm.build(), rows_of(vlm)[:2]
     batch = vlm.inputs(rows)
     options = dict(num_beams=3, num_return_sequences=3, length_penalty=0.0, return_dict_in_generate=True)
     with attach(model, method):
@@ -283,7 +287,7 @@ def test_beams(vlm: VLM, name: str):
     assert moved or name == "vcd"  # beams differ, so that a cache in the wrong order would show
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["vcd", "m3id", "icd"])
 @pytest.mark.parametrize("family", ["Llava", "Qwen2VL", "Gemma3", "PaliGemma"])
 def test_however_it_is_generated(name: str, family: str):
     vlm, method = VLMS[family], METHODS[name][0]
@@ -316,9 +320,13 @@ def test_however_it_is_generated(name: str, family: str):
         assert offset.any()  # that of the main prompt
 
 
-@EVERY
-@pytest.mark.parametrize("method", [VCD(alpha=0, beta=0), M3ID(decay=0, beta=0), ICD(WORDS, alpha=0, beta=0)])
-def test_no_weight_is_no_change(vlm: VLM, method: Any):
+@pytest.mark.parametrize(
+    "family, method",
+    [(name, VCD(alpha=0, beta=0)) for name in VLMS]
+    + [(name, method) for name in ("Llava", "Qwen3VL") for method in (M3ID(decay=0, beta=0), ICD(WORDS, 0, 0))],
+)
+def test_no_weight_is_no_change(family: str, method: Any):
+    vlm = VLMS[family]
     model, batch = vlm.build(), vlm.inputs(rows_of(vlm))
     stock, plain = scored(model, batch)
     with attach(model, method):
@@ -329,7 +337,7 @@ def test_no_weight_is_no_change(vlm: VLM, method: Any):
     torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["vcd", "m3id", "icd"])
 @pytest.mark.parametrize("family", ["Llava", "Qwen2_5_VL", "Gemma3"])
 def test_a_second_turn(name: str, family: str):
     vlm = VLMS[family]
@@ -372,10 +380,12 @@ def test_what_cannot_be_contrasted_is_said():
             scored(model, batch, prompt_lookup_num_tokens=2)
         features = {"image": model.model.get_image_features(batch["pixel_values"])}
         given = {name: value for name, value in batch.items() if name != "pixel_values"}
-        model.model.get_image_features(batch["pixel_values"])
-        scored(model, given | {"mm_encoder_outputs": features})
+        scored(model, given | {"mm_encoder_outputs": dict(features)})
         with pytest.raises(ValueError, match="they were not given to generate"):
-            scored(model, given | {"mm_encoder_outputs": features})
+            scored(model, given | {"mm_encoder_outputs": dict(features)})
+        model.model.get_image_features(batch["pixel_values"] + 1)  # not those of the prompt
+        with pytest.raises(ValueError, match="they were not given to generate"):
+            scored(model, given | {"mm_encoder_outputs": dict(features)})
         handle = model.get_decoder().norm.register_forward_pre_hook(fail_late)
         with pytest.raises(RuntimeError, match="boom"):
             scored(model, batch)
@@ -611,7 +621,10 @@ def test_attention_is_not_edited_in_a_branch(vlm: VLM):
         torch.testing.assert_close(scores[:, i], allowed(model, wanted), **CLOSE)
 
 
-@pytest.mark.parametrize("family, beams", [("Llava", 1), ("Llava", 2), ("Gemma3", 1), ("Qwen2VL", 2)])
+@pytest.mark.parametrize(
+    "family, beams",
+    [("Llava", 1)] + [pytest.param(*case, marks=pytest.mark.slow) for case in [("Qwen2VL", 2), ("Gemma3", 1)]],
+)
 def test_penalty_of_opera(family: str, beams: int):
     """Against the full maps of the last layer, one prompt and answer at a time."""
     vlm, tokens, weight, scale = VLMS[family], 12, 0.7, 300.0
@@ -666,3 +679,21 @@ def head_max(model: torch.nn.Module, prompt: dict[str, Any], answer: torch.Tenso
             given[name] = torch.cat([given[name], extra.to(given[name].dtype)], 1)
     row = model(**given, output_attentions=True).attentions[-1][0, :, -1].amax(0)
     return row / row.sum()
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL", "LlavaOnevision"])
+def test_a_video(family: str):
+    """Beside an image, and with a method that looks into the vision tower and must not see the noise."""
+    vlm = VLMS[family]
+    model = vlm.build()
+    batch = video(vlm, beside=True)
+    with attach(model, VCD(steps=900)):
+        _, scores = scored(model, batch, tokens=1)
+    generator = torch.Generator().manual_seed(0)  # images first
+    noise = {name: noisy(batch[name], 900, generator) for name in ("pixel_values", "pixel_values_videos")}
+    z, u = (model(**given).logits[0, -1] for given in (batch, batch | noise))
+    torch.testing.assert_close(scores[0, 0], allowed(model, contrast(z, u, 1)), **CLOSE)
+    with attach(model, FasterVLM(keep=0.5), VCD(steps=900)):
+        _, first = scored(model, batch)
+        _, again = scored(model, batch)
+    assert torch.equal(first, again)
