@@ -15,8 +15,8 @@ ROWS = 256  # rows of attention that exist at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """Queries and keys of one layer over a whole prompt.
+class Attention:
+    """Queries and keys of one layer over a whole prompt; its weights are made some rows at a time.
 
     Args:
         q: `[batch, heads, n, head_dim]`, positions applied; `k`: `[batch, kv_heads, n, head_dim]`.
@@ -43,7 +43,7 @@ class Reading:
         return [slice(start, start + ROWS) for start in range(0, self.q.shape[2], ROWS)]
 
 
-def readings(model: Any, inputs: dict[str, Any]) -> list[Reading]:
+def attentions(model: Any, inputs: dict[str, Any]) -> list[Attention]:
     """Read prompts once, and give queries and keys of every layer of the text model.
 
     Args:
@@ -52,7 +52,7 @@ def readings(model: Any, inputs: dict[str, Any]) -> list[Reading]:
     Raises:
         ValueError: tokens are dropped inside the text model, so that its layers do not read the same ones.
     """
-    found: list[Reading] = []
+    found: list[Attention] = []
     given = inputs.get("attention_mask")
     valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if given is None else given.bool()
 
@@ -62,7 +62,7 @@ def readings(model: Any, inputs: dict[str, Any]) -> list[Reading]:
                 f"a layer reads {k.shape[2]} of {valid.shape[1]} tokens; detach what drops tokens before its flow is "
                 "followed"
             )
-        found.append(Reading(q.detach(), k.detach(), mask, scale, valid))
+        found.append(Attention(q.detach(), k.detach(), mask, scale, valid))
         return compute(q, k, v, mask)
 
     undo = [switch(model.config.get_text_config())]
@@ -88,7 +88,7 @@ def rollout(model: Any, inputs: dict[str, Any], token: int = -1) -> torch.Tensor
         token: column of the token that looks, in the padded prompt; negative from the end.
 
     Raises:
-        ValueError: tokens are dropped.
+        ValueError: tokens are dropped, or there is no such column.
 
     >>> from vision_attn.mllm import tiny
     >>> ids = torch.tensor([[1, 7, 8, 9]])
@@ -97,7 +97,7 @@ def rollout(model: Any, inputs: dict[str, Any], token: int = -1) -> torch.Tensor
 
     Paper: Quantifying Attention Flow in Transformers.
     """
-    layers = readings(model, inputs)
+    layers = attentions(model, inputs)
     carried = _one(layers[-1], token)
     for layer in reversed(layers):
         carried = 0.5 * carried + 0.5 * _gathered(layer, carried)[0].mean(1)
@@ -121,7 +121,7 @@ def attention_flow(
         regularise: False leaves the columns as they are.
 
     Raises:
-        ValueError: tokens are dropped.
+        ValueError: tokens are dropped, or there is no such column.
 
     >>> from vision_attn.mllm import tiny
     >>> attention_flow(tiny.model(), {"input_ids": torch.tensor([[1, 7, 8, 9]])}).shape
@@ -129,7 +129,7 @@ def attention_flow(
 
     Paper: Training-Free Open-Ended Object Detection and Segmentation via Attention as Prompts.
     """
-    layers = readings(model, inputs)
+    layers = attentions(model, inputs)
     carried = _one(layers[-1], token)
     found, factor = torch.zeros_like(carried), torch.ones_like(carried)
     # A row x of R[l] is y D + (row y of R[l - 1]) D with y = x (I + S[l]): only rows are carried back.
@@ -142,13 +142,15 @@ def attention_flow(
     return found * layers[0].valid
 
 
-def _one(layer: Reading, token: int) -> torch.Tensor:
-    row = torch.zeros(layer.valid.shape, device=layer.q.device)
+def _one(layer: Attention, token: int) -> torch.Tensor:
+    row, length = torch.zeros(layer.valid.shape, device=layer.q.device), layer.valid.shape[1]
+    if not -length <= token < length:
+        raise ValueError(f"token={token}: the prompt has columns 0 to {length - 1}, or from {-length} to -1")
     row[:, token] = 1
     return row
 
 
-def _gathered(layer: Reading, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gathered(layer: Attention, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `[batch, n]` times the attention of each head, `[batch, heads, n]`; and how sharp each head is."""
     heads, sharp = 0, 0
     for rows, w in layer.parts():

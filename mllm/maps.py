@@ -19,7 +19,8 @@ class Capture(Around):
 
     What is kept is in `steps`, one entry per call of the text model: layer -> float32 `[batch, heads, rows, length]`
     over the columns of the padded prompt and of what follows it, or what `reduce` makes of it. Tokens that were dropped
-    get 0. Rows are recomputed from queries and keys, before other methods change them; no map of all pairs is made.
+    get 0. Rows are recomputed from queries and keys, before other methods change them, of the main branch where there
+    is a second; no map of all pairs is made.
 
     Args:
         layers: of the text model, from 0; None for all.

@@ -70,7 +70,7 @@ def test_flow_is_the_recursion_of_full_maps(vlm: VLM, options: dict, monkeypatch
 def test_no_map_of_all_pairs_is_made(monkeypatch):
     monkeypatch.setattr(flow, "ROWS", 7)
     vlm = VLMS["Llava"]
-    sizes = [w.shape[2] for layer in flow.readings(vlm.build(), vlm.inputs(ROWS)) for _, w in layer.parts()]
+    sizes = [w.shape[2] for layer in flow.attentions(vlm.build(), vlm.inputs(ROWS)) for _, w in layer.parts()]
     assert max(sizes) == 7 and len(sizes) > 4
 
 
@@ -80,6 +80,8 @@ def test_flow_is_not_followed_through_tokens_that_were_dropped():
     wanted = rollout(model, inputs)
     with mllm.attach(model, mllm.UniformPrune(keep=0.5)), pytest.raises(ValueError, match="detach what drops tokens"):
         rollout(model, inputs)
+    with pytest.raises(ValueError, match="columns 0 to"):
+        rollout(model, inputs, token=999)
     assert torch.equal(rollout(model, inputs), wanted)
     assert model.config.text_config._attn_implementation == "sdpa"
     assert not [name for m in model.modules() for name in vars(m) if "listeners" in name]
