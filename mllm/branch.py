@@ -115,7 +115,7 @@ class Branches:
         self.calls: dict[str, tuple[dict[str, Any], Any]] = {}  # of this generation, until its processor is made
         self.inside = False  # some models give videos to their own function for images
         self.kept: WeakKeyDictionary[Any, Branch] = WeakKeyDictionary()  # for another turn, by the main cache
-        self.early: dict[int, torch.Tensor] = {}  # logits of early layers at the last token of the main branch
+        self.early: dict[int, torch.Tensor] = {}  # what enters some layers, at the last token
 
     def install(self, undo: list[Callable[[], None]]) -> None:
         engine = self.engine
@@ -125,7 +125,8 @@ class Branches:
         undo.append(replace(speaker(engine), "_get_logits_processor", self._processors))
         self.method.watch(engine, undo)
         layers = engine.model.get_decoder().layers
-        for number in self.method.early(len(layers), engine.model):
+        self.layers = self.method.early(len(layers), engine.model)
+        for number in self.layers:
             engine.before(layers[number], functools.partial(self._see_layer, number))
 
     def _encode(self, name: str, plain: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +183,13 @@ class _Processor(LogitsProcessor):
         if not self.active.any():
             return scores
         other = None if self.branch is None else self.branch.logits(input_ids).to(z.device)
-        early = {number: speak(self.branches.engine, hidden) for number, hidden in self.branches.early.items()}
+        seen, self.branches.early = self.branches.early, {}
+        if self.branches.layers and not seen:
+            raise AttachError(
+                f"{type(method).__name__} looks into the model once per token, and several were guessed at once; "
+                "assisted decoding cannot be used with contrastive methods"
+            )
+        early = {number: speak(self.branches.engine, hidden) for number, hidden in seen.items()}
         step = Step(input_ids.shape[1] - self.start + 1, other, early, self.branch)
         mixed = method.combine(z, step)
         if self.beams:  # beams are compared by log-probability

@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("transformers")
 from test_mllm_engine import Cached, Late, Third  # noqa: E402
 from test_mllm_input import video  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
-from vlm_models import IMAGE, PRUNED, VLM, VLMS, VOCABULARY, single  # noqa: E402
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from vlm_models import IMAGE, PRUNED, TEXT, VLM, VLMS, VOCABULARY, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import InputPrune, LayerPrune, top  # noqa: E402
@@ -697,3 +697,15 @@ def test_a_video(family: str):
         _, first = scored(model, batch)
         _, again = scored(model, batch)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("method", [DoLa(layers=(0, 2)), VCD()])
+def test_assisted_decoding_is_refused(method: Any):
+    """An assistant that guesses something else."""
+    vlm = VLMS["Llava"]
+    model, batch = vlm.build(), single(vlm, [[3, "image", 4]], 0)
+    torch.manual_seed(5)
+    assistant = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
+    assistant.generation_config.eos_token_id = None
+    with attach(model, method), pytest.raises(ValueError, match="assisted decoding"):
+        model.generate(**batch, max_new_tokens=6, do_sample=False, assistant_model=assistant)
