@@ -153,6 +153,23 @@ def test_gift_follows_the_gaze(vlm: VLM):
     compare(model, mllm.GIFT(alpha=2.0), gift(2.0, 1, range(2, 4), {}), inputs)
 
 
+@pytest.mark.parametrize("option", ["question", "content"])
+def test_gift_reads_the_words_that_are_given(option: str):
+    """One word has to rise above the one before; without any, nothing changes."""
+    model, inputs = VLMS["Llava"].build(), VLMS["Llava"].inputs(ROWS)
+    stock, seen = generate(model, inputs)[1], []
+    for count in (0, 1):
+
+        def last(ids: torch.Tensor, count: int = count) -> torch.Tensor:
+            seen.append(ids)
+            return torch.arange(ids.shape[1]).expand(ids.shape) >= ids.shape[1] - count
+
+        with mllm.attach(model, mllm.GIFT(alpha=2.0, **{option: last})):
+            _, found = generate(model, inputs)
+        assert torch.allclose(found, stock, atol=1e-4) == (count == 0)
+    assert all(torch.equal(ids, inputs["input_ids"]) for ids in seen)
+
+
 def test_gift_looks_ahead():
     """A saliency layer above others: the map comes from a pass in which nothing is edited."""
     vlm = VLMS["LlavaNext"]
@@ -276,6 +293,16 @@ def words_alone(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), **types)
 
 
+def aware(a: torch.Tensor, b: torch.Tensor) -> list[bool]:
+    """Which heads are vision-aware, of head outputs `[heads, head_dim]` with the image and without."""
+    heads = range(len(a))
+    moved = [float(((a[h] - b[h]) ** 2).sum() ** 0.5) for h in heads]
+    length = [float((b[h] ** 2).sum()) for h in heads]
+    high = [statistics.mean(x) + statistics.pstdev(x) for x in (moved, length)]
+    moved = [0.0 if moved[h] > high[0] and length[h] > high[1] else moved[h] for h in heads]
+    return [moved[h] > statistics.median_low(moved) for h in heads]
+
+
 def by_hand(model: Any, inputs: dict[str, Any], layers: list[int], alpha: float, reinforced: bool) -> dict:
     """VHR on one prompt: layer -> gains, with two passes of the model per layer."""
     gains: dict[int, torch.Tensor] = {}
@@ -283,13 +310,7 @@ def by_hand(model: Any, inputs: dict[str, Any], layers: list[int], alpha: float,
     for layer in layers:
         a = last_heads(model, lambda: generate(model, inputs, tokens=1), gains, layer)
         b = last_heads(model, alone, gains if reinforced else {}, layer)
-        heads = range(len(a))
-        moved = [float(((a[h] - b[h]) ** 2).sum() ** 0.5) for h in heads]
-        length = [float((b[h] ** 2).sum()) for h in heads]
-        high = [statistics.mean(x) + statistics.pstdev(x) for x in (moved, length)]
-        moved = [0.0 if moved[h] > high[0] and length[h] > high[1] else moved[h] for h in heads]
-        middle = statistics.median_low(moved)
-        gains[layer] = torch.tensor([alpha if moved[h] > middle else 1.0 for h in heads])
+        gains[layer] = torch.tensor([alpha if each else 1.0 for each in aware(a, b)])
     return gains
 
 
@@ -307,6 +328,13 @@ def test_vhr_makes_vision_aware_heads_louder(vlm: VLM, branch: str):
         with at_projections(model, lambda at, x, gains=gains: x * gains[at][:, None] if at in gains else x):
             _, wanted = generate(model, inputs, tokens=3)
         torch.testing.assert_close(found[:, row : row + 1], wanted, **CLOSE)
+
+
+def test_vhr_heads():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 500, 7, 8) * torch.randn(2, 500, 7, 1).exp()
+    wanted = torch.tensor([aware(x.double(), y.double()) for x, y in zip(a, b, strict=True)])
+    assert torch.equal(mllm.VHR(alpha=3).gains(1, a[:, None], b[:, None]), 1 + 2.0 * wanted)
 
 
 def test_vhr_layers():
