@@ -98,12 +98,12 @@ def test_what_stays_is_bright(loaded, tmp_path, capsys):
 
 
 def test_columns_that_layers_and_heads_hold():
-    column = torch.tensor([[0, 0, 2, 4]])
+    column = torch.tensor([[0, 1, 2, 4]])  # the first is none: rows are right-aligned
     valid = torch.tensor([[False, True, True, True]])
     both = Tokens(column, valid, valid)
     heads = Tokens(torch.tensor([[[0, 4], [2, 4]]]), torch.ones(1, 2, 2, dtype=torch.bool), None)
     prompt = type("Prompt", (), {"cached": [both, heads]})
-    assert kept.kept(prompt, 5).tolist() == [[[1, 0, 1, 0, 1]], [[0.5, 0, 0.5, 0, 1]]]
+    assert kept.kept(prompt, 5).tolist() == [[[0, 1, 1, 0, 1]], [[0.5, 0, 0.5, 0, 1]]]
 
 
 def test_the_row_that_is_drawn_is_the_models():
