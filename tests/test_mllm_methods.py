@@ -77,6 +77,9 @@ METHODS: dict[str, Entry] = {
     ),
     "zipvl": Entry(lambda vlm: mllm.ZipVL(tau=0.5, recent=2, probes=4)),
     "task-kv": Entry(lambda vlm: mllm.TaskKV(sink=2, recent=6, middle=2), SEVERAL_HEADS, first=False),
+    "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
+    "paint": Entry(lambda vlm: mllm.PAINT(alpha=0.9), families=CLASS_TOKEN),
+    "act": Entry(lambda vlm: mllm.ACT(((0, 1), (1, 0), (2, 3)), threshold=0.06), text=True),
     "vcd": Entry(lambda vlm: mllm.VCD(alpha=9.0, beta=0, steps=999), first=False, alone=False),
     "icd": Entry(lambda vlm: mllm.ICD(instruction=(7, 41, 20), alpha=9.0, beta=0), first=False),
     "dola": Entry(lambda vlm: mllm.DoLa(layers=(0, 2, 3), beta=0), first=False, text=True),
@@ -90,9 +93,6 @@ METHODS: dict[str, Entry] = {
     "vhr": Entry(lambda vlm: mllm.VHR()),
     "gift": Entry(lambda vlm: mllm.GIFT(alpha=2.0)),
     "var": Entry(lambda vlm: mllm.VAR(dims=(3, 4, 5, 6), tau=1.5, layers=(2, 3))),
-    "zerotuning": Entry(lambda vlm: mllm.ZeroTuning(gamma=3.0), text=True),
-    "paint": Entry(lambda vlm: mllm.PAINT(alpha=0.9), families=CLASS_TOKEN),
-    "act": Entry(lambda vlm: mllm.ACT(((0, 1), (1, 0), (2, 3)), threshold=0.06), text=True),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
 EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])
