@@ -101,6 +101,16 @@ class CachePrune(Method):
         return shortened(*layer.cached, keep, layer.tokens)
 
 
+def check_numbers(method: Method, **limits: tuple[float, float]) -> None:
+    """Raise ValueError for a field that is no finite number within its limits, least and most."""
+    for field, (least, most) in limits.items():
+        value = getattr(method, field)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not least <= value <= most:
+            allowed = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
+            raise ValueError(f"{type(method).__name__}({field}={value!r}): {field} is a finite number {allowed}")
+
+
 def check_keep(name: str, keep: Any) -> None:
     """Raise for a `keep` that is neither a share above 0 and up to 1 nor a count of at least 1."""
     good = isinstance(keep, (int, float)) and not isinstance(keep, bool) and math.isfinite(keep)

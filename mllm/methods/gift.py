@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from vision_attn.mllm.around import check_layers
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.steering import RowEdit, Rows, by_column, question
 
 Words = Callable[[torch.Tensor], torch.Tensor]
@@ -56,8 +57,7 @@ class GIFT(RowEdit):
     name: ClassVar[str] = "gift"
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
-            raise ValueError(f"GIFT(alpha={self.alpha!r}): alpha is a finite number of at least 0")
+        check_numbers(self, alpha=(0, math.inf))
         for field in ("saliency", "layers"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, tuple(getattr(self, field)))

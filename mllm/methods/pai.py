@@ -10,6 +10,7 @@ import torch
 
 from vision_attn.mllm.around import check_layers
 from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
 from vision_attn.mllm.steering import RowEdit, Rows
 
@@ -43,12 +44,7 @@ class PAI(RowEdit, Contrast):
     name: ClassVar[str] = "pai"
 
     def __post_init__(self) -> None:
-        for field, least, most in (("alpha", 0, math.inf), ("gamma", 1, math.inf), ("beta", 0, 1)):
-            value = getattr(self, field)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or not least <= value <= most:
-                allowed = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
-                raise ValueError(f"PAI({field}={value!r}): {field} is a finite number {allowed}")
+        check_numbers(self, alpha=(0, math.inf), gamma=(1, math.inf), beta=(0, 1))
 
     def check(self, model: Any, family: Any) -> None:
         self.where(len(model.get_decoder().layers))

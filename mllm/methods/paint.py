@@ -12,6 +12,7 @@ import torch
 
 from vision_attn.mllm.around import check_layers
 from vision_attn.mllm.contrast import Contrast, Step
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.methods.pai import PAI
 from vision_attn.mllm.reading import Reading
 from vision_attn.mllm.steering import RowEdit, Rows
@@ -54,13 +55,7 @@ class PAINT(RowEdit, Contrast):
     name: ClassVar[str] = "paint"
 
     def __post_init__(self) -> None:
-        limits = {"alpha": (0, math.inf), "beta": (0, math.inf), "ratio": (0, 1), "gamma": (1, math.inf)}
-        for field, (least, most) in limits.items():
-            value = getattr(self, field)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or not least <= value <= most:
-                allowed = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
-                raise ValueError(f"PAINT({field}={value!r}): {field} is a finite number {allowed}")
+        check_numbers(self, alpha=(0, math.inf), beta=(0, math.inf), ratio=(0, 1), gamma=(1, math.inf))
 
     def check(self, model: Any, family: Any) -> None:
         self.where(len(model.get_decoder().layers))
