@@ -14,6 +14,7 @@ from vision_attn.mllm.grids import Grid
 from vision_attn.mllm.interface import Compute, listen, switch
 from vision_attn.mllm.method import CachePrune, Method
 from vision_attn.mllm.pictures import Pictures
+from vision_attn.mllm.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +115,17 @@ def stand_around(engine: Any, methods: list[Around], undo: list[Callable[[], Non
 def key_columns(prompt: Any, layer: int, keys: int, reading: bool) -> torch.Tensor:
     """Long `[batch, 1 or kv_heads, keys]`: which column each key of a layer is, as in `Call`."""
     tokens, later = (prompt.tokens[layer], 0) if reading else (prompt.cached[layer], prompt.later)
-    column, valid = (x if x.ndim == 3 else x[:, None] for x in (tokens.column, tokens.valid))
+    column = token_columns(tokens)
     after = torch.arange(prompt.length, prompt.length + later, device=column.device)
-    column = torch.cat([column.masked_fill(~valid, -1), after.expand(*column.shape[:2], -1)], -1)
+    column = torch.cat([column, after.expand(*column.shape[:2], -1)], -1)
     gone = max(column.shape[-1] - keys, 0)  # from a sliding window
     return F.pad(column[..., gone:], (0, keys - column.shape[-1] + gone), value=-1)
+
+
+def token_columns(tokens: Tokens) -> torch.Tensor:
+    """Long `[batch, 1 or kv_heads, n]`: the column of each token of a prompt, -1 for padding."""
+    column, valid = (x if x.ndim == 3 else x[:, None] for x in (tokens.column, tokens.valid))
+    return column.masked_fill(~valid, -1)
 
 
 def check_layers(name: str, layers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from vision_attn.mllm.around import key_columns
+from vision_attn.mllm.around import token_columns
 from vision_attn.mllm.interface import Compute, listen, switch
 from vision_attn.mllm.method import Method
 from vision_attn.mllm.tokens import Tokens
@@ -29,7 +30,8 @@ class Rows:
         layers: how many the text model has.
         prompt: what is known of the prompt.
         reading: it is being read; otherwise what follows it.
-        columns: long `[batch, 1 or kv_heads, keys]`, which column of the padded prompt each key is; see `around.Call`.
+        tokens: of the prompt, those among the keys, which they begin with but where a sliding window has passed them.
+        keys: how many there are.
         heads: query heads.
         edited: bool `[batch, 1, rows, 1]`: the rows that the method edits. What it makes of others is thrown away.
         notes: the method's own, as long as the prompt lives.
@@ -39,7 +41,8 @@ class Rows:
     layers: int
     prompt: Any
     reading: bool
-    columns: torch.Tensor
+    tokens: Tokens
+    keys: int
     heads: int
     edited: torch.Tensor
     notes: dict[Any, Any]
@@ -48,21 +51,31 @@ class Rows:
         """`[batch, 1 or heads, 1, keys]` from `[batch, length]` over the columns of the prompt; 0 at other keys. And
         `[batch, 1 or heads, keys, n]` from `[batch, length, n]`.
 
-        `x` must live as long as the prompt, as what is in `notes` does: the result is made once for all layers.
+        Made once per `x` and tokens, with zeros added as the cache grows.
         """
-        made = self.prompt.notes["step"]
-        key, where = (id(self.columns), id(x)), (id(self.columns), "places")
-        if where not in made:
-            outside = (self.columns < 0) | (self.columns >= x.shape[1])
-            batch = torch.arange(len(x), device=x.device)[:, None, None]
-            made[where] = batch, self.columns.masked_fill(outside, x.shape[1])
+        made, n = self.prompt.notes.setdefault("at keys", {}), self.tokens.column.shape[-1]
+        gone = n + (0 if self.reading else self.prompt.later) - self.keys  # from a sliding window
+        key = id(self.tokens), id(x)
         if key not in made:
             padded = torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
-            found = padded[made[where]]
+            columns = token_columns(self.tokens)
+            batch = torch.arange(len(x), device=x.device)[:, None, None]
+            found = padded[batch, columns.masked_fill(columns < 0, x.shape[1])]
             if found.shape[1] > 1:
                 found = found.repeat_interleave(self.heads // found.shape[1], 1)
-            made[key] = found[:, :, None] if x.ndim == 2 else found
-        return made[key]
+            found = found[:, :, None] if x.ndim == 2 else found
+            made[key] = [self.tokens, x, found, n, found]  # the first two so that no other gets their id
+        *_, settled, width, last = made[key]
+        if gone <= 0 and width == self.keys:  # as in another layer of this call
+            return last
+        dim = 3 if x.ndim == 2 else 2
+        if gone > 0:
+            settled = settled.narrow(dim, min(gone, n), max(n - gone, 0))
+        more = self.keys - settled.shape[dim]
+        out = F.pad(settled, (0, more) if dim == 3 else (0, 0, 0, more))
+        if gone <= 0:
+            made[key][3:] = [self.keys, out]
+        return out
 
     @property
     def image(self) -> torch.Tensor:
@@ -154,12 +167,11 @@ def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> 
     def look(number: int, module: Any, q, k, v, mask, scale: float, compute: Compute) -> torch.Tensor:
         span, asking = _asking(prompt, prompt.read)
         w = hide(row_scores(q[:, :, q.shape[2] - span :], k, scale), mask, q.shape[2]).softmax(-1).nan_to_num()
-        columns = prompt.read.column.masked_fill(~prompt.read.valid, -1)[:, None]
-        prompt.notes["step"] = {"at": None}
         for method, numbers in wanted.items():
             if number in numbers:
                 notes = prompt.notes.setdefault(id(method), {})
-                method.foresee(Rows(number, len(layers), prompt, True, columns, q.shape[1], asking[:, None], notes), w)
+                rows = Rows(number, len(layers), prompt, True, prompt.read, n, q.shape[1], asking[:, None], notes)
+                method.foresee(rows, w)
         if number == last:
             raise _Enough
         return compute(q, k, v, mask)
@@ -212,9 +224,9 @@ def _edit(
         place = torch.arange(count, device=q.device)
         one[last] = (pictures[:, None] & (place >= (count - 1 if reading else 0)))[:, None, :, None]
     edited = [one[last] | asking[:, None] if whole and reading else one[last] for whole in wholes]
-    columns = _columns(prompt, layer, k.shape[2], reading)
+    tokens, keys, heads = prompt.tokens[layer] if reading else prompt.cached[layer], k.shape[2], q.shape[1]
     rows = [
-        Rows(layer, engine.count, prompt, reading, columns, q.shape[1], own, prompt.notes.setdefault(id(method), {}))
+        Rows(layer, engine.count, prompt, reading, tokens, keys, heads, own, prompt.notes.setdefault(id(method), {}))
         for method, own in zip(methods, edited, strict=True)
     ]
     every = count == 1 and pictured
@@ -248,23 +260,18 @@ def _put(rows: Rows, every: bool, old: torch.Tensor, new: torch.Tensor) -> torch
     return new if every or new is old else torch.where(rows.edited, new, old)
 
 
-def _columns(prompt: Any, layer: int, keys: int, reading: bool) -> torch.Tensor:
-    """`key_columns`, once per call of the text model for all layers with the same tokens."""
-    step = prompt.notes.get("step")
-    if step is None or step["at"] != (reading, prompt.later):
-        step = prompt.notes["step"] = {"at": (reading, prompt.later)}
-    tokens = prompt.tokens[layer] if reading else prompt.cached[layer]
-    key = id(tokens), "keys", keys
-    if key not in step:
-        step[key] = key_columns(prompt, layer, keys, reading)
-    return step[key]
-
-
 def row_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """float32 `[batch, heads, rows, keys]`, without repeating the keys of grouped heads."""
     batch, heads, rows, width = q.shape
     grouped = (q.float() * scale).reshape(batch, k.shape[1], -1, width)
     return (grouped @ k.float().mT).view(batch, heads, rows, -1)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of `[batch, heads, rows, n]` and `[batch, 1 or heads, n, m]`, the second not repeated for the heads."""
+    if b.shape[1] > 1:
+        return a @ b
+    return (a.flatten(1, 2) @ b[:, 0]).unflatten(1, a.shape[1:3])
 
 
 def row_values(w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from vision_attn.mllm.around import check_layers
 from vision_attn.mllm.method import check_numbers
-from vision_attn.mllm.steering import RowEdit, Rows, by_column, question
+from vision_attn.mllm.steering import RowEdit, Rows, by_column, product, question
 
 Words = Callable[[torch.Tensor], torch.Tensor]
 
@@ -111,12 +111,12 @@ class GIFT(RowEdit):
                 self.foresee(rows, w)
             return w
         parts = rows.at_keys(rows.notes["parts"])  # the image, what its factors have above 1, and the question
-        sums = w @ parts  # [batch, heads, rows, 3]
+        sums = product(w, parts)  # [batch, heads, rows, 3]
         most = sums >= sums.topk(max(1, w.shape[1] // 2), dim=1).values[:, -1:]
         mass, more, _ = (sums * most[..., :1]).sum(1, keepdim=True).split(1, -1)
         grown = more / mass.clamp(min=1e-30)  # by which share image weights grew
         changes = torch.cat([most[..., :1].float(), most[..., 2:] * grown], -1)
-        w = torch.addcmul(w, w, changes @ parts[..., 1:].mT)
+        w = torch.addcmul(w, w, product(changes, parts[..., 1:].mT))
         return w / w.sum(-1, keepdim=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from vision_attn.mllm.around import check_layers
-from vision_attn.mllm.steering import RowEdit, Rows, by_column
+from vision_attn.mllm.steering import RowEdit, Rows, by_column, product
 
 # Base language model -> dimensions of its residual stream in which sinks have massive values, as published.
 SINK_DIMS = {
@@ -112,11 +112,11 @@ class VAR(RowEdit):
         if rows.notes[rows.layer] is None:
             return w
         parts = rows.at_keys(rows.notes[rows.layer])
-        total, lost, budget, left = (w @ parts).split(1, -1)
+        total, lost, budget, left = product(w, parts).split(1, -1)
         chosen = (total >= self.floor) & (lost <= (1 - self.rho) * (total + rows.notes["least"])) & (left > 0)
         taken = (1 - self.p) * chosen
         changes = torch.cat([-taken, taken * budget / left.clamp(min=1e-30)], -1)
-        return torch.addcmul(w, w, changes @ parts[..., 2:].mT)
+        return torch.addcmul(w, w, product(changes, parts[..., 2:].mT))
 
 
 def relative(hidden: torch.Tensor) -> torch.Tensor:
