@@ -41,7 +41,7 @@ def scaled_llava(layers: int = 12, width: int = 512, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     tower = CLIPVisionConfig(
-        hidden_size=width // 2, intermediate_size=2 * width, num_hidden_layers=(layers + 1) // 2, image_size=336,
+        hidden_size=width // 2, intermediate_size=2 * width, num_hidden_layers=max(2, layers // 2), image_size=336,
         num_attention_heads=max(1, width // 128), patch_size=14, projection_dim=width // 2,
     )  # fmt: skip
     text = LlamaConfig(

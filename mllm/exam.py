@@ -57,7 +57,7 @@ def exam(images: int = 100, partners: float = 0.5, seed: int = 1000, cell: int =
 
     >>> drawn = exam(images=20)
     >>> [question.text for question in drawn.splits["adversarial"][:2]]
-    ['Is there a red bar in the image?', 'Is there a blue ring in the image?']
+    ['Is there a red circle in the image?', 'Is there a blue bar in the image?']
     """
     crowds = [sample_crowd(np.random.default_rng((seed, i)), partners) for i in range(images)]
     pictures = [draw_crowd(crowd, np.random.default_rng((seed, i, 1)), cell) for i, crowd in enumerate(crowds)]

@@ -33,6 +33,7 @@ def test_chunks_cover_the_mask_exactly_once(seed, monkeypatch):
     for chunk in source():
         rows, length, width = len(chunk.query), chunk.query.shape[1], chunk.key.shape[1]
         allowed = torch.ones(1, length, width, dtype=torch.bool) if chunk.allowed is None else chunk.allowed
+        allowed = allowed if allowed.dtype == torch.bool else allowed == 0
         allowed = allowed.expand(rows, length, width).long()
         pairs = chunk.query[:, :, None] * tokens + chunk.key[:, None]
         seen.view(-1).index_add_(0, pairs.flatten(), allowed.flatten())
