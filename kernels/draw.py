@@ -131,18 +131,25 @@ def keys_seen(pattern: Pattern, grid: tuple[int, ...], query: tuple[int, ...]) -
     return pattern.predicate(grid)(torch.tensor([index]), keys).expand(len(keys)).reshape(grid)
 
 
-def keys_per_query(pattern: Pattern, grid: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+def keys_per_query(
+    pattern: Pattern, grid: tuple[int, ...], pairs: int | None = None
+) -> tuple[torch.Tensor, tuple[int, ...]]:
     """How many keys each query sees, int64 of the shape of the grid; of a large grid every n-th query per axis.
+
+    Args:
+        pattern: any pattern that can be laid on `grid`.
+        grid: sizes in tokens.
+        pairs: of a query and a key that may be looked at; None is `PAIRS`.
 
     Returns:
         The counts, and the step between the queries along each axis (1 when every query was counted).
     """
-    tokens = math.prod(grid)
+    tokens, pairs = math.prod(grid), PAIRS if pairs is None else pairs
     steps = [1] * len(grid)
     weights = (
         (0.1, 1, 1) if len(grid) == 3 else (1,) * len(grid)
     )  # frames are few and differ most: thin out space first
-    while math.prod(-(-size // step) for size, step in zip(grid, steps, strict=True)) * tokens > PAIRS:
+    while math.prod(-(-size // step) for size, step in zip(grid, steps, strict=True)) * tokens > pairs:
         longest = max(range(len(grid)), key=lambda axis: weights[axis] * grid[axis] / steps[axis])
         steps[longest] += 1
     chosen = torch.arange(tokens).reshape(grid)[tuple(slice(None, None, step) for step in steps)]

@@ -18,6 +18,7 @@ import torch
 from .patterns import Blocked, Dense, Pattern, Separable
 from .rates import Profile, load_profile, short
 from .tiles import CHUNK_COST, KEY_COST, TILE_COST, best_bound, bound, cut, tile_sides
+from .traffic import size as _bytes
 
 SIZES = (64, 128)  # queries and keys per tile that GPU kernels work with
 
@@ -261,11 +262,6 @@ def _kind(pattern: Pattern, tiles: Tiles) -> str:
 
 def _sides(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _bytes(count: float) -> str:
-    power = min(int(math.log10(max(count, 1)) / 3), 4)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _time(seconds: float) -> str:

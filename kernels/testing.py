@@ -174,11 +174,17 @@ class Case:
         """For every tensor of `run`: FACTOR times the error of plain attention in the dtype of the case.
 
         Never below the rounding of the largest number of the case: gradients that cancel to zero are sums of such
-            numbers.
+            numbers, and of sums over channels, which are float32 at least. That of a bias is a sum over all queries.
         """
-        rounding = torch.finfo(self.parts["dtype"]).eps * max(map(largest, self.truth))
-        plain = self.run(plain_attention)
-        return [FACTOR * max(error(got, want), rounding) for got, want in zip(plain, self.truth, strict=True)]
+        eps, top, plain = torch.finfo(self.parts["dtype"]).eps, max(map(largest, self.truth)), self.run(plain_attention)
+        wide, out = min(eps, torch.finfo(torch.float32).eps), self.truth[0]
+        sums = (out.masked_fill(out.isinf(), 0) * self.parts["weights"][0].to(out)).sum(-1)
+        gradients = len(self.parts["leaves"])
+        least = [eps * top] * (len(plain) - gradients) + [eps * top + wide * largest(sums)] * gradients
+        if self.parts["biased"]:
+            least[-1] += wide * top * math.sqrt(math.prod(out.shape[:-2]))
+        errors = map(error, plain, self.truth)
+        return [FACTOR * max(pair) for pair in zip(errors, least, strict=True)]
 
     def refusals(self, backend: str, grad: bool) -> list[str]:
         """Why `backend` cannot do this case."""

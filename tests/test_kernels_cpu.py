@@ -17,6 +17,7 @@ from vision_attn.kernels.native import build, lines
 from vision_attn.kernels.patterns import Circle, Separable
 from vision_attn.kernels.patterns.base import plain_axis
 from vision_attn.kernels.problem import Problem
+from vision_attn.kernels.routes import Part
 from vision_attn.kernels.testing import Case
 
 HERE = build.missing()
@@ -34,10 +35,17 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def take(path, monkeypatch) -> int:
+    """Go one path from here on; returns the lanes of its vectors."""
+    monkeypatch.setenv(build.SWITCH, path)
+    lanes = build.library().vision_attn_lanes()
+    assert lanes == {"portable": 4, "avx2": 8, "avx512": 16}[path]
+    return lanes
+
+
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    monkeypatch.setenv(build.SWITCH, request.param)
-    assert build.library().vision_attn_lanes() == {"portable": 4, "avx2": 8, "avx512": 16}[request.param]
+    take(request.param, monkeypatch)
     return request.param
 
 
@@ -78,7 +86,7 @@ def test_random_cases_with_threads(threads):
 @pytest.mark.parametrize("first", (0, 700))
 def test_random_cases_by_lines(path, by_lines, first):
     """The same, of those that have no extra tokens; the others cannot take this form."""
-    cases = [case for case in map(Case, range(first, first + 700)) if len(case.parts["leaves"]) == 3]
+    cases = [c for c in map(Case, range(first, first + 700)) if len(c.parts["leaves"]) == 3 + c.parts["biased"]]
     cases = [case for case in cases if isinstance(case.parts["pattern"], Separable)]
     assert sum(case.compare("cpu") > 0 for case in cases) > 60 and len(by_lines) > 50
 
@@ -107,25 +115,35 @@ LARGE = [
 
 
 @pytest.mark.parametrize("pattern, grid, head_dim, value_dim", LARGE, ids=str)
-def test_larger_grids(path, threads, pattern, grid, head_dim, value_dim):
+def test_larger_grids(threads, monkeypatch, pattern, grid, head_dim, value_dim):
     """More keys than a chunk, many tiles, head dims that are no multiple of a vector."""
     extra = torch.randn(2, 9, 2, head_dim), torch.randn(2, 9, 2, value_dim)
-    compare(pattern, grid, head_dim, value_dim, *extra, extra_mask=torch.rand(2, 9) < 0.5)
+    for _ in compare(monkeypatch, pattern, grid, head_dim, value_dim, *extra, extra_mask=torch.rand(2, 9) < 0.5):
+        pass
 
 
-def compare(pattern, grid, head_dim, value_dim, *extra, **options):
-    """Output, lse and every gradient against the reference in float64."""
+def compare(monkeypatch, pattern, grid, head_dim, value_dim, *extra, biased=False, **options):
+    """Output, lse and every gradient of every path against the reference in float64; yields the lanes of each."""
     q, k, v = (torch.randn(2, *grid, h, d) for h, d in ((4, head_dim), (2, head_dim), (2, value_dim)))
-    options["return_lse"] = True
     weights = torch.randn(2, *grid, 4, value_dim), torch.randn(2, *grid, 4)
-    results = []
-    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
-        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, *extra)]
-        outputs = attend(*leaves[:3], pattern, extra_kv=tuple(leaves[3:]) or None, backend=backend, **options)
+    bias = [torch.randn(pattern.bias_shape(grid, 4))] if biased else []
+
+    def results(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, *extra, *bias)]
+        given = dict(extra_kv=tuple(leaves[3 : 3 + len(extra)]) or None, bias=leaves[-1] if biased else None)
+        given |= dict(return_lse=True, backend=backend, **options)
+        outputs = attend(*leaves[:3], pattern, **given)
         loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
-        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=3e-5)
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    wanted = results(torch.float64, "reference")
+    for path in PATHS:
+        lanes = take(path, monkeypatch)
+        for want, got in zip(wanted, results(torch.float32, "cpu"), strict=True):
+            torch.testing.assert_close(
+                got.double(), want, rtol=2e-5, atol=3e-5, msg=lambda text, path=path: f"{path}: {text}"
+            )
+        yield lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +176,86 @@ LINES = [
 
 
 @pytest.mark.parametrize("pattern, grid, head_dim, value_dim", LINES, ids=str)
-def test_larger_grids_by_lines(path, threads, by_lines, pattern, grid, head_dim, value_dim):
-    compare(pattern, grid, head_dim, value_dim)
-    assert by_lines == [(pattern, grid, build.library().vision_attn_lanes())]
+def test_larger_grids_by_lines(threads, by_lines, monkeypatch, pattern, grid, head_dim, value_dim):
+    for lanes in compare(monkeypatch, pattern, grid, head_dim, value_dim):
+        assert by_lines == [(pattern, grid, lanes)]
+        by_lines.clear()
+
+
+BIASED = [
+    (Neighborhood(7), (14, 17), 32, 32),
+    (Neighborhood((3, 9, 5), stride=(1, 4, 2)), (5, 19, 11), 24, 20),
+    (Neighborhood((2, 4, 5), dilation=(2, 2, 1), causal=(True, False, False)), (5, 9, 11), 16, 16),
+    (Neighborhood((7, 5), dilation=(3, 1), causal=(False, True)), (29, 13), 33, 17),
+    (Neighborhood(101), (221,), 16, 16),
+    (Neighborhood((2, 16)), (5, 61), 16, 20),
+    (Window((7, 6), (3, 4)), (23, 19), 16, 16),
+]
+
+
+@pytest.mark.parametrize("pattern, grid, head_dim, value_dim", [
+    *BIASED,
+    (Neighborhood(5, dilation=3), (19, 17), 8, 8),
+    (Neighborhood(27), (30, 30), 8, 8),  # so many kinds of tiles that none is kept
+], ids=str)  # fmt: skip
+def test_relative_bias(threads, monkeypatch, pattern, grid, head_dim, value_dim):
+    extra = torch.randn(2, 9, 2, head_dim), torch.randn(2, 9, 2, value_dim)
+    options = dict(biased=True, extra_mask=torch.rand(2, 9) < 0.5)
+    assert [*compare(monkeypatch, pattern, grid, head_dim, value_dim, *extra, **options)]
+
+
+@pytest.mark.parametrize("pattern, grid, head_dim, value_dim", BIASED, ids=str)
+def test_relative_bias_by_lines(threads, by_lines, monkeypatch, pattern, grid, head_dim, value_dim):
+    for lanes in compare(monkeypatch, pattern, grid, head_dim, value_dim, biased=True):
+        assert by_lines == [(pattern, grid, lanes)]
+        by_lines.clear()
+
+
+@pytest.mark.parametrize("form", ["boxes", "lines"])
+def test_a_bias_that_hides(path, form, by_lines, monkeypatch):
+    """Entries of minus infinity take pairs out, for one head all of them; NaN reaches the pairs of its entry only."""
+    if form == "boxes":
+        monkeypatch.setattr(lines, "faster", lambda *args: False)
+    q, k, v = torch.randn(3, 1, 9, 13, 3, 8)
+    bias = torch.randn(3, 9, 9)
+    bias[0, 4, 4:] = bias[1] = -torch.inf
+    out, lse = attend(q, k, v, Neighborhood(5), bias=bias, return_lse=True, backend="cpu")
+    want, want_lse = reference(q, k, v, Neighborhood(5), bias=bias.double(), return_lse=True)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert not out[..., 1, :].any() and bool(by_lines) == (form == "lines")
+    bias[2, 8, 3] = torch.nan  # four rows down, one column to the left: the upper border only
+    spoiled = attend(q, k, v, Neighborhood(5), bias=bias, backend="cpu")
+    hit = torch.zeros(1, 9, 13, 3, dtype=torch.bool)
+    hit[:, 0, 1:, 2] = True
+    assert torch.equal(spoiled[~hit], out[~hit]) and spoiled[hit].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["boxes", "lines"])
+def test_a_bias_where_rows_are_there_for_others(path, form, by_lines, monkeypatch):
+    """Rows of a cut grid whose result nobody wants see a key that may be out of reach."""
+    if form == "boxes":
+        monkeypatch.setattr(lines, "faster", lambda *args: False)
+    whole, part = Neighborhood(5), Part(Neighborhood(5), (40, 11), 0, (3, 36), (17, 21))
+    q, k, v = torch.randn(3, 1, 40, 11, 2, 8)
+    bias = torch.randn(2, 9, 9)
+    out = attend(*(t[:, 3:36] for t in (q, k, v)), part, bias=bias, backend="cpu")
+    want = attend(q, k, v, whole, bias=bias, backend="reference")
+    torch.testing.assert_close(out[:, 14:18], want[:, 17:21], rtol=1e-5, atol=1e-5)
+    assert bool(by_lines) == (form == "lines")
+
+
+def test_bias_in_a_compiled_graph():
+    leaves = [torch.randn(1, 8, 9, h, 8, requires_grad=True) for h in (4, 2, 2)]
+    leaves.append(torch.randn(4, 5, 5, requires_grad=True))
+
+    def call(q, k, v, bias):
+        return attend(q, k, v, Neighborhood(3), bias=bias, backend="cpu").square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, call))
+    torch.testing.assert_close(got, want)
 
 
 def test_when_lines_are_taken(monkeypatch):
@@ -212,22 +307,26 @@ def test_large_scores_by_lines(path, by_lines):
 def test_the_same_in_every_run(threads):
     q, k, v = (torch.randn(1, 24, 24, 1, 32, requires_grad=True) for _ in range(3))
     runs = []
+    bias = torch.randn(1, 17, 17, requires_grad=True)
     for _ in range(5):
-        out = attend(q, k, v, Neighborhood(9), backend="cpu")
-        runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        out = attend(q, k, v, Neighborhood(9), bias=bias, backend="cpu")
+        runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["key", "value"])
 @pytest.mark.parametrize(
-    "pattern", [Neighborhood(5), BlockList.from_mask(torch.eye(8, dtype=torch.bool), 18)], ids=["boxes", "blocks"]
+    "pattern, biased",
+    [(Neighborhood(5), False), (Neighborhood(5), True), (BlockList.from_mask(torch.eye(8) > 0, 18), False)],
+    ids=["boxes", "boxes with bias", "blocks"],
 )
-def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern):
+def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern, biased):
     q, k, v = torch.randn(3, 1, 12, 12, 2, 16)
-    clean = attend(q, k, v, pattern, backend="cpu")
+    bias = torch.randn(2, 9, 9) if biased else None
+    clean = attend(q, k, v, pattern, bias=bias, backend="cpu")
     (k if which == "key" else v)[0, 6, 7, 1] = bad
-    out = attend(q, k, v, pattern, backend="cpu").flatten(1, 2)
+    out = attend(q, k, v, pattern, bias=bias, backend="cpu").flatten(1, 2)
     sees = pattern.mask((12, 12))[:, 6 * 12 + 7]
     assert torch.equal(out[:, ~sees], clean.flatten(1, 2)[:, ~sees]) and torch.equal(
         out[..., 0, :], clean.flatten(1, 2)[..., 0, :]
@@ -268,14 +367,15 @@ def test_large_scores_and_small_ones(path):
 def test_backward_without_what_the_forward_kept():
     """As a compiled graph calls it."""
     q, k, v, outer = (torch.randn(1, 9, 9, 2, 16, requires_grad=True) for _ in range(4))
-    out = attend(q, k, v, Neighborhood(5), backend="cpu")
-    want = torch.autograd.grad(out, (q, k, v), outer)
+    relative = torch.randn(2, 9, 9, requires_grad=True)
     problem = Problem(Neighborhood(5), (9, 9), heads=2, kv_heads=2, head_dim=16, value_dim=16, in_graph=True)
-    with torch.no_grad():
-        got = cpu.backward(problem, q, k, v, 0.25, None, None, None, None, None, outer, None)
-    assert got[3:] == [None] * 3
-    for a, b in zip(got, want, strict=False):
-        torch.testing.assert_close(a, b)
+    for bias, leaves in ((None, (q, k, v)), (relative, (q, k, v, relative))):
+        want = torch.autograd.grad(attend(q, k, v, Neighborhood(5), bias=bias, backend="cpu"), leaves, outer)
+        with torch.no_grad():
+            got = cpu.backward(problem, q, k, v, 0.25, None, None, bias, None, None, outer, None)
+        assert got[3:5] == [None] * 2 and [g is not None for g in got].count(True) == len(leaves)
+        for a, b in zip([g for g in got if g is not None], want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_no_tokens_at_all_and_one():
@@ -292,6 +392,17 @@ def test_reasons():
     }
     for reason, options in answers.items():
         assert any(reason in r for r in cpu.limits(Problem(Neighborhood(3), (8, 8), **options)))
+    blocks = BlockList.from_mask(torch.eye(4) > 0, 16)
+    assert cpu.limits(Problem(blocks, (8, 8), bias=True)) == ["BlockList has no relative bias, the only kind it takes"]
+    assert not cpu.limits(Problem(Window(3), (8, 8), bias=True)) and not cpu.limits(Problem(blocks, (8, 8)))
+
+
+@pytest.mark.skipif(build.instruction_set() == "portable", reason="there tiled is as fast")
+def test_maps_of_backbones_are_left_to_it():
+    """With a relative bias, also where every token sees every other; small calls are not worth compiling for."""
+    for side, batch, heads, used in ((56, 1, 2, "cpu"), (14, 16, 2, "cpu"), (7, 32, 16, "cpu"), (7, 4, 16, "masked")):
+        assert explain(Neighborhood(7), (side, side), batch=batch, heads=heads, bias=True).used == used
+    assert explain(Neighborhood(7), (7, 7), batch=32, heads=16).used == "tiled"  # nothing to leave out, nothing to add
 
 
 # The build. A stand-in for the compiler hands out the library that is there already, so that this takes no minutes.

@@ -1,7 +1,7 @@
 // Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h and gradient.h for the arithmetic.
+#include "bias.h"
 #include "gradient.h"
 #include "lines.h"
-#include "sources.h"
 
 template <int NV, class Source, class Plan>
 static int forward(const Call& call, const Plan& plan) {
@@ -16,6 +16,7 @@ static int forward(const Call& call, const Plan& plan) {
         tile.scores = scratch.floats(WIDTH * (CHUNK + EIGHT));
         tile.out = scratch.floats(WIDTH * sizes.value_step);
         Source source(call, plan);
+        TileBias<NV> bias(call, source);
         List extra;
         int64_t extra_of = -1;
 
@@ -28,10 +29,12 @@ static int forward(const Call& call, const Plan& plan) {
             const float* value = call.value + head * call.rows() * sizes.value_step;
             for (const int64_t row : source.lanes.row)
                 if (row >= 0) fetch_to_write(call.out + row * sizes.value, sizes.value);
+            Keys keys = source.list().view();
+            bias.give(keys, source, head % call.kv_heads);
             auto attend = [&](bool careful) {
                 tile.careful = careful;
                 tile.start(sizes);
-                tile.absorb(source.list().view(), key + source.first * sizes.key_step,
+                tile.absorb(keys, key + source.first * sizes.key_step,
                             value + source.first * sizes.value_step, sizes);
                 tile.absorb(extra.view(), key, value, sizes);
                 vec odd{};
@@ -87,7 +90,10 @@ static int backward(const Call& call, const Plan& plan) {
     const int64_t tiles = Source::tiles(call, plan), heads = (int64_t)call.kv_heads * call.batch;
     const int64_t wanted = call.threads == 1 ? 1 : (4 * call.threads + heads - 1) / heads;
     const int64_t bands = std::max<int64_t>(1, std::min<int64_t>({wanted, 16, tiles}));
+    const int64_t entries = call.bias ? call.group * call.entries : 0;  // of a KV head
     std::vector<Band> band(bands > 1 ? bands * heads : 0);
+    float* biases = entries ? (float*)std::calloc(bands * heads * entries, sizeof(float)) : nullptr;  // gradients, per band
+    if (entries && !biases) return 1;
 
     int failed = share(call.threads, bands * heads, 1, [&](auto next) {
         Scratch scratch;
@@ -100,6 +106,7 @@ static int backward(const Call& call, const Plan& plan) {
         tile.d_rows = scratch.floats(WIDTH * sizes.value_step);
         tile.d_query = scratch.floats(WIDTH * sizes.key_step);
         Source source(call, plan);
+        TileBias<NV> bias(call, source);
         List extra;
 
         for (int64_t job = next(); job >= 0; job = next()) {
@@ -122,12 +129,15 @@ static int backward(const Call& call, const Plan& plan) {
                 into.value = (float*)std::calloc(rows * sizes.value_step, sizeof(float));
                 if (!into.key || !into.value) throw std::bad_alloc();
             }
+            float* d_bias = biases + job * entries;
             list_extra(call, batch, extra);
             for (int64_t t = from; t < to; t++) {
                 source.open(batch, head % call.kv_heads, t);
                 prepare(tile, call, source.lanes);
                 const int64_t first = source.first, at = first - into.low, behind = into.high - into.low - call.tokens();
-                tile.pull(source.list().view(), key + first * sizes.key_step, value + first * sizes.value_step,
+                Keys keys = source.list().view();
+                bias.give(keys, source, head % call.kv_heads);
+                tile.pull(keys, key + first * sizes.key_step, value + first * sizes.value_step,
                           into.key + at * sizes.key_step, into.value + at * sizes.value_step, sizes);
                 tile.pull(extra.view(), key, value, into.key + behind * sizes.key_step,
                           into.value + behind * sizes.value_step, sizes);
@@ -135,6 +145,7 @@ static int backward(const Call& call, const Plan& plan) {
                     if (const int64_t row = source.lanes.row[i]; row >= 0)
                         for (int d = 0; d < sizes.key; d++)
                             call.d_q[row * sizes.key + d] = tile.d_query[i * sizes.key_step + d] * call.scale;
+                bias.collect(d_bias, t + 1 == to);
             }
         }
     });
@@ -152,6 +163,10 @@ static int backward(const Call& call, const Plan& plan) {
                     add(call.d_value + head * call.rows() * sizes.value_step, band[b].value, sizes.value_step);
                 }
         });
+    for (int64_t job = 0; job < bands * heads; job++)
+        for (int64_t i = 0; i < entries; i++)
+            call.d_bias[job / bands % call.kv_heads * entries + i] += biases[job * entries + i];
+    std::free(biases);
     for (Band& b : band) std::free(b.key), std::free(b.value);
     return failed;
 }

@@ -56,6 +56,19 @@ def plan(pattern: Separable, grid: tuple[int, ...], group: int, lanes: int) -> P
     return Plan(boxes, tables)
 
 
+@functools.lru_cache(maxsize=64)
+def places(pattern: Separable, grid: tuple[int, ...]) -> tuple[torch.Tensor, dict]:
+    """Where a relative bias has the entry of a pair: `place`, int32 `[tokens]`, and the other numbers of `Call`."""
+    axes, reaches = pattern.axes(grid), pattern.reach(len(grid))
+    spans = [1] * (3 - len(grid)) + [2 * reach - 1 for reach in reaches]
+    place, middle = torch.zeros(1, dtype=torch.int64), 0
+    for axis, reach in zip(axes, reaches, strict=True):
+        place = (place[:, None] * (2 * reach - 1) + torch.tensor(axis.places)).flatten()
+        middle = middle * (2 * reach - 1) + reach - 1
+    step = (ctypes.c_int64 * 2)(spans[1] * spans[2], spans[2])
+    return place.to(torch.int32), dict(entries=math.prod(spans), middle=middle, step=step)
+
+
 def _shape(axes: list[Axis], group: int, lanes: int) -> tuple[int, int, tuple[int, ...]]:
     """Vectors per tile, query heads and queries along each axis in it: the cheapest under the cost above."""
     powers, rows = [2**i for i in range((2 * lanes).bit_length())], []

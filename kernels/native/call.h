@@ -74,10 +74,15 @@ struct Call {
     const uint8_t* visible;  // [batch, extra], or null when all extra tokens are
     float* out;              // [batch, tokens, heads, value]
     float* lse;              // [batch, tokens, heads], or null
+    // A relative bias, [heads, entries], added to scaled scores: the entry of a pair is place[key] - place[query] + middle.
+    // Null without.
+    const float* bias;
+    const int32_t* place;  // [tokens]
+    int64_t entries, middle, step[2];  // the last: from one position along axis 0, or 1, to the next
     // For the backward, which reads out and lse: gradients in, [batch, tokens, heads, value] and [batch, tokens, heads] or
-    // null; gradients out, [batch, tokens, heads, key], and zeros like key and value to add to.
+    // null; gradients out, [batch, tokens, heads, key], and zeros like key, value and bias to add to.
     const float *d_out, *d_lse;
-    float *d_q, *d_key, *d_value;
+    float *d_q, *d_key, *d_value, *d_bias;
 
     int64_t tokens() const { return (int64_t)grid[0] * grid[1] * grid[2]; }
     int64_t rows() const { return tokens() + extra; }

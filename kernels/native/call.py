@@ -27,33 +27,36 @@ class Call(ctypes.Structure):
         *((n, ctypes.c_int32) for n in ("extra", "key", "value", "key_step", "value_step")),
         ("scale", ctypes.c_float),
         ("q", lines.Rows),
-        *((n, ctypes.c_void_p) for n in ("keys", "values", "visible", "out", "lse")),
-        *((n, ctypes.c_void_p) for n in ("d_out", "d_lse", "d_q", "d_keys", "d_values")),
+        *((n, ctypes.c_void_p) for n in ("keys", "values", "visible", "out", "lse", "bias", "place")),
+        *((n, ctypes.c_int64) for n in ("entries", "middle")),
+        ("step", ctypes.c_int64 * 2),
+        *((n, ctypes.c_void_p) for n in ("d_out", "d_lse", "d_q", "d_keys", "d_values", "d_bias")),
     ]
 
 
-def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, lse: bool):
+def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, lse: bool):
     """Output and, if asked for, log-sum-exp, both float32. Shapes as in `attend`."""
     q = _ready(q)
     out = q.new_empty(*q.shape[:-1], problem.value_dim)
     sums = q.new_empty(q.shape[:-1]) if lse else None
     if lines.chosen(problem, library().vision_attn_lanes()):
-        _call("forward", problem, scale, None, q, of_lines=(_ready(k), _ready(v)), out=out, lse=sums)
+        _call("forward", problem, scale, None, q, of_lines=(_ready(k), _ready(v)), out=out, lse=sums, bias=bias)
     else:
         keys, values = _packed(k, v, extra_kv)
-        _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums)
+        _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums, bias=bias)
     return out, sums
 
 
-def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, out, lse, d_out, d_lse) -> list:
-    """Gradients of q, k, v and the extra keys and values (None without), float32.
+def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, d_out, d_lse) -> list:
+    """Gradients of q, k, v, the extra keys and values, and the bias (None without), float32.
 
     `out` and `lse` are those of `forward`; `d_lse` may be None.
     """
     like, keys, values = _ready(q), *_packed(k, v, extra_kv)
     d_q, d_keys, d_values = torch.empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
     outer = dict(d_out=d_out.float().contiguous(), d_lse=None if d_lse is None else d_lse.float().contiguous())
-    kept = dict(keys=keys, values=values, out=out, lse=lse)
+    d_bias = None if bias is None else torch.zeros(bias.shape)
+    kept = dict(keys=keys, values=values, out=out, lse=lse, bias=bias, d_bias=d_bias)
     _call("backward", problem, scale, extra_mask, like, **kept, **outer, d_q=d_q, d_keys=d_keys, d_values=d_values)
     tokens = problem.tokens
     by_grid = [
@@ -63,7 +66,7 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, out, lse, d
     if extra_kv is not None:
         pairs = zip((d_keys, d_values), extra_kv, strict=True)
         by_extra = [d[:, :, tokens:, : t.shape[-1]].transpose(1, 2) for d, t in pairs]
-    return [d_q, *by_grid, *by_extra]
+    return [d_q, *by_grid, *by_extra, d_bias]
 
 
 def _ready(q: torch.Tensor) -> torch.Tensor:
@@ -101,10 +104,14 @@ def _call(name: str, problem: Problem, scale: float, extra_mask, q, of_lines=Non
     lib, lanes = library(), library().vision_attn_lanes()
     tensors["visible"] = None if extra_mask is None else extra_mask.contiguous()
     group, pad = problem.heads // problem.kv_heads, 3 - len(problem.grid)
+    relative = {}
+    if tensors.get("bias") is not None:
+        tensors["bias"] = tensors["bias"].float().contiguous()
+        tensors["place"], relative = boxes.places(problem.pattern, problem.grid)
     call = Call(
         problem.batch, problem.kv_heads, group, torch.get_num_threads(), (1,) * pad + problem.grid, problem.extra,
         problem.head_dim, problem.value_dim, *(-(-d // lanes) * lanes for d in (problem.head_dim, problem.value_dim)),
-        scale, lines.Rows.of(q),
+        scale, lines.Rows.of(q), **relative,
         **{n: t.data_ptr() for n, t in tensors.items() if t is not None},
     )  # fmt: skip
     if of_lines:

@@ -15,18 +15,25 @@ struct Gradient : Tile<NV> {
 
     // Add to the gradients of the queries of this tile and of the listed keys and values.
     void pull(Keys keys, const float* key, const float* value, float* d_key, float* d_value, const Sizes& sizes) {
-        for (; keys.count > 0; keys.count -= CHUNK, keys.token += CHUNK, keys.lanes += CHUNK) {
+        for (; keys.count > 0; keys.skip(CHUNK, WIDTH)) {
             const int count = keys.count < CHUNK ? int(keys.count) : CHUNK;
-            weights(keys, count, key, sizes);
+            if (keys.bias)
+                weights<true>(keys, count, key, sizes);
+            else
+                weights<false>(keys, count, key, sizes);
             slope(keys, count, value, sizes);
+            for (int i = 0; keys.slopes && i < count * WIDTH; i += LANES)
+                store(keys.slopes + i, load(keys.slopes + i) + load(slopes + i));
             Base::add(d_query, sizes.key_step, slopes, keys, count, key);
             spread(d_value, sizes.value_step, this->scores, keys, count, d_rows);
             spread(d_key, sizes.key_step, slopes, keys, count, rows);
         }
     }
 
+    template <bool BIASED>
     APART void weights(const Keys& keys, int count, const float* key, const Sizes& sizes) {
         Base::dots(keys, count, key, sizes.key_step, sizes.key, this->columns, [&](int j, int n, uint32_t lanes, vec dot) {
+            if constexpr (BIASED) dot += load(keys.bias + j * WIDTH + n * LANES);
             vec p = exp2(dot - shift[n]);
             store(this->scores + j * WIDTH + n * LANES, named(lanes) ? p : vec{});
         });

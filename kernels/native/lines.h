@@ -76,6 +76,7 @@ class LineForward {
     int64_t step = 0, slots = 0, pitch = 0;   // floats: of a channel of a line; of a query's scores of a line, of all lines
     Scratch scratch;
     float *keys, *values, *queries, *scores, *sums;
+    float* biases = nullptr;  // of all heads, in units of log 2, with a vector of zeros before and behind
     std::vector<Line> lines;
 
     int64_t batch = 0, kv_head = 0, plane = 0, left = 0, right = 0, ready = 0;
@@ -113,6 +114,10 @@ class LineForward {
         queries = scratch.floats(QUERIES * call.sizes.key);
         scores = scratch.floats(QUERIES * pitch);
         sums = scratch.floats(QUERIES * call.sizes.value_step);
+        if (!call.bias) return;
+        biases = scratch.floats(entries() + 2 * LANES) + LANES;
+        for (int64_t i = -LANES; i < entries() + LANES; i++)
+            biases[i] = i >= 0 && i < entries() ? call.bias[i] * LOG2E : 0;
     }
 
     // Every query of block `b` of the last axis whose tile is one of [from, to) along axis 1 and `p` along axis 0.
@@ -203,6 +208,7 @@ class LineForward {
         std::memset(sums, 0, sizeof(float) * tall * count * sizes.value_step);
         for (int i = 0; i < tall; i++) {
             float* score = scores + i * count * pitch + LANES;
+            if (call.bias) add_bias(score, head, first + i, x, count, vectors);
             with_constant<COLUMNS>(count, [&](auto constant) INLINE_LAMBDA {
                 weigh<decltype(constant)::value>(score, first + i, x, vectors, row_of(head, first + i, x), by + i * count);
             });
@@ -235,6 +241,23 @@ class LineForward {
     int64_t row_of(int64_t head, int row, int x) const {
         const int64_t token = (outer.order[plane] * (int64_t)call.grid[1] + rows.order[row]) * call.grid[2] + x;
         return (batch * call.tokens() + token) * call.group * call.kv_heads + head;
+    }
+
+    int64_t entries() const { return (int64_t)call.group * call.kv_heads * call.entries; }
+
+    // To the scores of `count` queries of a row: the entries of keys side by side are, too. What is added to keys that are
+    // not seen does not matter, and may come from elsewhere in the table.
+    APART void add_bias(float* score, int64_t head, int row, int x, int count, int vectors) const {
+        const int64_t base = head * call.entries + call.middle + columns.low[x] - x;
+        for (int l = rows.low[row]; l < rows.high[row]; l++)
+            for (int o = outer.low[plane]; o < outer.high[plane]; o++, score += vectors * LANES) {
+                const int64_t at = base + (o - plane) * call.step[0] + (l - row) * call.step[1];
+                for (int n = 0; n < count; n++)
+                    for (int s = 0; s < vectors; s++) {
+                        float* to = score + n * pitch + s * LANES;
+                        store(to, load(to) + load(biases + std::clamp<int64_t>(at - n + s * LANES, -LANES, entries())));
+                    }
+            }
     }
 
     // The scores of N queries of a row, from coordinate `x` on, to weights; `by` is what to multiply their sums with. They are

@@ -45,20 +45,27 @@ struct BoxSource {
     const Side* side = boxes.side;
     Lanes<NV> lanes;
     std::vector<List> lists;  // of every kind of tile that came up, when they are few; else only the last
-    int64_t last = -1, now = 0;
+    int64_t kinds = 1, keys = 1;  // of tiles, and the keys of one tile of each
+    int64_t last = -1, now = 0, split = 0;
     int64_t first = 0;  // token that the list counts from
 
     BoxSource(const Call& call, const Boxes& boxes) : call(call), boxes(boxes) {
-        int64_t kinds = 1, keys = 1;
         for (int a = 0; a < 3; a++) kinds *= side[a].kinds, keys *= side[a].start[side[a].kinds];
         lists.resize(keys <= 1 << 20 ? kinds : 1);
     }
     const List& list() const { return lists[lists.size() > 1 ? now : 0]; }
+    static int64_t splits(const Call& call, const Boxes& boxes) { return (call.group + boxes.group - 1) / boxes.group; }
     static int64_t tiles(const Call& call, const Boxes& boxes) {
         const Side* s = boxes.side;
-        return (call.group + boxes.group - 1) / boxes.group * (int64_t)s[0].tiles * s[1].tiles * s[2].tiles;
+        return splits(call, boxes) * s[0].tiles * s[1].tiles * s[2].tiles;
     }
     static int64_t run(const Call&, const Boxes& boxes) { return boxes.side[2].tiles; }
+
+    // How many tiles of a KV head differ, 0 when their lists are not kept, and which of them this is; pairs of key and tile
+    // in all of those.
+    int64_t alike() const { return (int64_t)lists.size() == kinds ? splits(call, boxes) * kinds : 0; }
+    int64_t like() const { return split * kinds + now; }
+    int64_t pairs() const { return splits(call, boxes) * keys; }
 
     // First and last token of the grid among the keys of a tile.
     void reach(int64_t tile, int64_t& low, int64_t& high) const {
@@ -81,7 +88,7 @@ struct BoxSource {
         }
         if (lists.size() > 1 ? lists[now].token.empty() : now != last) list_keys(lists[lists.size() > 1 ? now : 0], at);
         last = now;
-        first = 0;
+        split = tile, first = 0;
         for (int a = 0; a < 3; a++) first = first * call.grid[a] + side[a].first[at[a]];
         int lane = 0;
         for (int64_t g = tile * boxes.group; g < (tile + 1) * boxes.group; g++)
@@ -142,6 +149,9 @@ struct BlockSource {
     Lanes<NV> lanes;
     List keys;
     static constexpr int64_t first = 0;
+    static constexpr int64_t alike() { return 0; }  // these have no relative bias
+    static constexpr int64_t like() { return 0; }
+    static constexpr int64_t pairs() { return 0; }
 
     BlockSource(const Call& call, const Blocks& blocks) : call(call), blocks(blocks) {}
     const List& list() const { return keys; }

@@ -20,6 +20,14 @@ struct Keys {
     int64_t count;
     const int32_t* token;
     const uint32_t* lanes;
+    const float* bias = nullptr;  // [count, lanes of a tile], to be added to scores in units of log 2; null for none
+    float* slopes = nullptr;      // as bias: where to add the gradients of the scores
+
+    void skip(int some, int width) {
+        count -= some, token += some, lanes += some;
+        if (bias) bias += some * width;
+        if (slopes) slopes += some * width;
+    }
 };
 
 // Numbers per row, and floats from one row to the next: the same, rounded up to whole vectors.
@@ -44,11 +52,14 @@ struct Tile {
 
     // Take in a list of keys: one chunk after the other, with a running maximum and sum.
     void absorb(Keys keys, const float* key, const float* value, const Sizes& sizes) {
-        for (; keys.count > 0; keys.count -= CHUNK, keys.token += CHUNK, keys.lanes += CHUNK) {
+        for (; keys.count > 0; keys.skip(CHUNK, WIDTH)) {
             const int count = keys.count < CHUNK ? int(keys.count) : CHUNK;
             vec most[NV], base[NV];
             for (int n = 0; n < NV; n++) most[n] = top[n];
-            score(keys, count, key, sizes, most);
+            if (keys.bias)
+                score<true>(keys, count, key, sizes, most);
+            else
+                score<false>(keys, count, key, sizes, most);
             for (int n = 0; n < NV; n++) {
                 base[n] = most[n] == NOTHING ? vec{} : most[n];  // nothing seen so far
                 rescale(n, exp2(top[n] - base[n]), sizes.value_step);
@@ -63,8 +74,10 @@ struct Tile {
     }
 
     // Scores of `count` keys, minus infinity where a lane does not see the key; `most` becomes the largest.
+    template <bool BIASED>
     APART void score(const Keys& keys, int count, const float* key, const Sizes& sizes, vec (&most)[NV]) {
         dots(keys, count, key, sizes.key_step, sizes.key, columns, [&](int j, int n, uint32_t lanes, vec dot) {
+            if constexpr (BIASED) dot += load(keys.bias + j * WIDTH + n * LANES);
             vec s = named(lanes) ? dot : splat(NOTHING);
             store(scores + j * WIDTH + n * LANES, s);
             most[n] = larger(most[n], s);
