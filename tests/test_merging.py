@@ -36,10 +36,7 @@ AROUND = [*TOME, "vit_small_patch16_18x2_224", "open_clip ViT qk norm"]
 INSIDE = [*AROUND, "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "parallel scaling block", "differential block"]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def small(**options) -> torch.nn.Module:

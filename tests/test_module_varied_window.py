@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn import Window, attend
-from vision_attn.modules import QuadrangleAttention, VariedWindowAttention
+from vision_attn.modules import QuadrangleAttention, VariedWindowAttention, varied_window
 
 DTYPE = torch.float64
 LAYERS = {
@@ -91,6 +91,24 @@ def loop(layer, x, dialect):
             out[b][(*box, part)] = (scores.softmax(-1) @ read).view(size, size, -1)
     out = out[:, top : top + height, left : left + width]
     return F.linear(out, layer.proj.weight, layer.proj.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_points_are_sampled_as_few_are(dtype):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 7, 2, 3, 4, generator=generator, dtype=dtype)
+    points = 4 * torch.rand(2, 6, 3, 100, 2, generator=generator, dtype=dtype) - 2  # half of them outside
+    points[:, 0, :, :10] = torch.tensor([1 / 3, -0.5])  # on a token
+    points[:, 1, :, :3] = torch.tensor([[1.0, 1.0], [-1.0, 0.5], [1e30, -1e30]])
+    results = []
+    for parts in (600, 25):  # tokens in a call
+        inputs = [t.clone().requires_grad_() for t in (maps, points)]
+        out = torch.cat([varied_window.sample(inputs[0], some) for some in inputs[1].split(parts, 3)], 3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert points.numel() >= 4096 > points[:, :, :, :25].numel()
+    torch.testing.assert_close(*results)
+    points[0, 0, 0, 0] = torch.nan
+    assert varied_window.sample(maps, points).shape == (2, 6, 3, 100, 8)
 
 
 def _dialect(kind):

@@ -15,10 +15,7 @@ from vision_attn.hosts import AttachError  # noqa: E402
 EVERY = pytest.mark.parametrize("model", SWINS, ids=repr)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @EVERY

@@ -6,10 +6,13 @@ import dataclasses
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from vision_attn.kernels.attend import attend
-from vision_attn.kernels.patterns import Halo, Neighborhood, Pattern, PerHead, SlidingTile, Window
+from vision_attn.kernels.exchange import contact
+from vision_attn.kernels.parallel import Shards
+from vision_attn.kernels.patterns import BlockList, Halo, Neighborhood, Pattern, PerHead, SlidingTile, Window
 
 # Options that one int sets for every axis, and so mean "at most the whole axis": the first decides, the rest follow.
 _PER_AXIS = {Neighborhood: ("window", "stride"), Window: ("size", "shift"), SlidingTile: ("tile",), Halo: ("block",)}
@@ -57,6 +60,7 @@ def joint_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str | None = None,
+    parallel: Shards | None = None,
 ) -> torch.Tensor:
     """Image tokens follow the pattern among themselves and see all other tokens; all other tokens see everything.
 
@@ -66,6 +70,8 @@ def joint_attention(
         grid: sizes of the image in tokens, row-major.
         start: where the image begins in the sequence.
         alone: the sequence is the image and nothing else.
+        parallel: the image is what this rank has of one that is cut over a process group; all other tokens are on every
+            rank. No gradients then, unless `alone`.
 
     Returns:
         `[batch, heads, tokens, value_dim]`.
@@ -92,10 +98,33 @@ def joint_attention(
         extra_kv=extra_kv,
         extra_mask=extra_mask,
         backend=backend,
+        parallel=parallel,
     )
     out = out.flatten(1, len(grid)).transpose(1, 2)
     if alone:
         return out
     # Few rows, so dense: text and appended tokens look at everything.
-    others = F.scaled_dot_product_attention(rest(q), k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    if parallel is None:
+        others = F.scaled_dot_product_attention(rest(q), k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    else:
+        if dist.get_rank(parallel.group):  # what all have is counted on the first rank
+            k, v, mask = k[:, :, start:stop], v[:, :, start:stop], None
+        others = _over_ranks(rest(q), k, v, mask, scale, parallel)
     return torch.cat([others[:, :, :start], out, others[:, :, start:]], 2)
+
+
+def _over_ranks(q, k, v, mask: torch.Tensor | None, scale: float | None, parallel: Shards) -> torch.Tensor:
+    """Queries that all ranks have, on keys of which each has some: parts put together by their log-sum-exp."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    nothing = BlockList(q.shape[1], torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    blank = [q.new_zeros(*q.shape[:2], *x.shape[2:]) for x in (k, v)]
+    seen = None if mask is None else mask[:, 0, 0].expand(len(q), -1)
+    out, lse = attend(q, *blank, nothing, scale=scale, extra_kv=(k, v), extra_mask=seen, return_lse=True)
+    top = lse.clone()
+    ranks = range(dist.get_world_size(parallel.group))
+    with contact(ranks, parallel.group):
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=parallel.group)
+        weight = (lse - top).exp()[..., None]
+        parts = torch.cat([out * weight, weight], -1)
+        dist.all_reduce(parts, group=parallel.group)
+    return (parts[..., :-1] / parts[..., -1:]).to(q.dtype).transpose(1, 2)

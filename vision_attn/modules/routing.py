@@ -13,9 +13,10 @@ from vision_attn.kernels.patterns import BlockList, Dense
 __all__ = ["BiLevelRoutingAttention", "routed_attention"]
 
 FORMS = ("legacy", "nchw")
-# Tokens up to which one masked call stands in for lists of tiny blocks: on 14 x 14 maps of one image it takes half the
-# time on a CPU, and with topk 4 and 16 images a sixth more.
-SMALL = 256
+SMALL = 256  # tokens up to which lists of tiny blocks take longer on a CPU than one masked call,
+MANY = 1024  # and tokens in all images from which copies take less time than that,
+FEW = 8  # if no more than one region of that many is seen
+AT_ONCE = 2**20  # numbers copied at a time
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -185,6 +186,9 @@ def _by_blocks(q, k, v, index, block: int, scale: float):
     if topk == regions:
         return attend(q, k, v, Dense(), scale=scale)
     if q.shape[1] <= SMALL:
+        if q.device.type == "cpu" and batch * q.shape[1] >= MANY and topk * FEW <= regions:
+            with torch.autocast("cpu", enabled=False):
+                return _by_few_copies(q, k, v, index, block, scale)
         mask = q.new_full((batch, regions, regions), -torch.inf).scatter(-1, index, 0.0)
         mask = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -201,3 +205,24 @@ def _by_copies(
     k, v = (t.unflatten(1, (regions, block))[which, index].flatten(2, 3).transpose(2, 3) for t in (k, v))
     scores = q.unflatten(1, (regions, block)).transpose(2, 3) @ k.transpose(-2, -1) * scale
     return (scores.softmax(-1) @ v).transpose(2, 3).flatten(1, 2)
+
+
+def _by_few_copies(q, k, v, index, block: int, scale: float):
+    """As `_by_copies`, without moving heads: each query has one row per head, which is 0 in the channels of the others.
+    Some images at a time, so that the copies stay in the cache."""
+    (_, regions, topk), heads = index.shape, q.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    own = torch.eye(heads, dtype=dtype, device=q.device)[..., None] * scale
+    at_once = max(AT_ONCE // (regions * topk * block * (k[0, 0].numel() + v[0, 0].numel())), 1)
+    outs = []
+    for query, key, value, some in zip(*(t.split(at_once) for t in (q, k, v, index)), strict=True):
+        each = len(some) * regions
+        chosen = (some + regions * torch.arange(len(some), device=q.device)[:, None, None]).flatten()
+        key, value = (
+            t.reshape(each, -1).index_select(0, chosen).view(each, topk * block, -1).to(dtype) for t in (key, value)
+        )
+        rows = (query.unsqueeze(2).to(dtype) * own).view(each, block * heads, -1)
+        out = (rows @ key.transpose(1, 2)).softmax(-1) @ value
+        out = out.view(len(some), regions * block, heads, heads, -1).diagonal(dim1=2, dim2=3)
+        outs.append(out.transpose(2, 3))
+    return torch.cat(outs).to(q.dtype)

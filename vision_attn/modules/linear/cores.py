@@ -75,17 +75,32 @@ class Softmax(nn.Module):
 
 def local_taps(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Depthwise 3 x 3 convolution of v `[batch, height, width, ...]`, taps `[batch, channels * 9, 1]` per image."""
-    maps = v.flatten(3).permute(0, 3, 1, 2)
-    kernels = taps.reshape(maps.shape[0] * maps.shape[1], 1, 3, 3).to(v.dtype)
-    out = F.conv2d(maps.reshape(1, -1, v.shape[1], v.shape[2]), kernels, padding=1, groups=kernels.shape[0])
-    return out.view(maps.shape).permute(0, 2, 3, 1).reshape(v.shape)
+    batch, height, width = v.shape[0], v.shape[1], v.shape[2]
+    # the channels of all images side by side, last in memory, which is fastest
+    maps = v.flatten(3).permute(1, 2, 0, 3).reshape(1, height, width, -1).permute(0, 3, 1, 2)
+    kernels = taps.reshape(maps.shape[1], 1, 3, 3).to(v.dtype)
+    out = F.conv2d(maps, kernels, padding=1, groups=kernels.shape[0])
+    return out.permute(0, 2, 3, 1).reshape(height, width, batch, -1).permute(2, 0, 1, 3).reshape(v.shape)
+
+
+class PerHead(nn.Conv1d):
+    """A linear layer on `[batch, channels, 1]` whose heads see their own channels only: products of matrices, because a
+    convolution of one token takes many times as long to start."""
+
+    def __init__(self, dim: int, out_dim: int, num_heads: int, device=None, dtype=None):
+        super().__init__(dim, out_dim, 1, groups=num_heads, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(x.shape[0], self.groups, -1).transpose(0, 1)
+        out = heads @ self.weight.view(self.groups, -1, heads.shape[-1]).transpose(1, 2)
+        out, bias = out.transpose(0, 1).flatten(1), self.bias
+        return (out if bias is None else out + bias).unsqueeze(-1)
 
 
 def tap_predictor(dim: int, num_heads: int, device=None, dtype=None) -> nn.Sequential:
     """Mean token `[batch, dim, 1]` to the taps of `local_taps`, `[batch, dim * 9, 1]`, each head from its channels."""
     dd = {"device": device, "dtype": dtype}
-    first = nn.Conv1d(dim, dim, 1, groups=num_heads, **dd)
-    return nn.Sequential(first, nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd))
+    return nn.Sequential(PerHead(dim, dim, num_heads, **dd), nn.GELU(), PerHead(dim, 9 * dim, num_heads, **dd))
 
 
 @register_notrace_module
@@ -100,8 +115,8 @@ class InLine(nn.Module):
         self.taps = tap_predictor(dim, num_heads, device, dtype)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        taps = self.taps(x.mean((1, 2)).unsqueeze(-1))
-        return formulas.inline(q, k, v, self.feature) + local_taps(v, taps)
+        taps = self.taps(x.flatten(1, 2).mean(1).unsqueeze(-1))
+        return formulas.inline(q, k, v, self.feature).contiguous().add_(local_taps(v, taps))
 
 
 @register_notrace_module
@@ -138,8 +153,11 @@ class Slab(nn.Module):
         if table.shape[1] != height or table.shape[2] != width:
             table = F.interpolate(table.permute(0, 3, 1, 2), [height, width], mode="bilinear").permute(0, 2, 3, 1)
         out = formulas.relu(q, k + table.unflatten(-1, (heads, dim)), v)
-        maps = self.local(v.permute(0, 3, 4, 1, 2).reshape(batch * heads, dim, height, width))
-        return out + maps.view(batch, heads, dim, height, width).permute(0, 3, 4, 1, 2)
+        maps = v.flatten(3).contiguous().permute(0, 3, 1, 2)  # channels last in memory, which is fastest
+        bias = self.local.bias
+        bias = None if bias is None else bias.repeat(heads)
+        maps = F.conv2d(maps, self.local.weight.repeat(heads, 1, 1, 1), bias, padding=2, groups=heads * dim)
+        return maps.permute(0, 2, 3, 1).view(batch, height, width, heads, dim) + out  # in memory as the first of them
 
 
 @register_notrace_module
@@ -168,6 +186,6 @@ class GatedScan(nn.Module):
         self.decay = nn.Sequential(nn.Linear(dim, rank, bias=False, **dd), nn.Linear(rank, 2 * dim, **dd))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        decay = F.logsigmoid(self.decay(x)) / 16
+        decay = F.logsigmoid(self.decay(x)).div_(16)
         ahead, back = decay.chunk(2, -1)
         return formulas.gla(q, k, v, ahead.reshape(k.shape), back.reshape(k.shape), self.fused_attn)

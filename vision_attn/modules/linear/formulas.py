@@ -15,50 +15,66 @@ from vision_attn.modules.linear.rotary import rotate
 from vision_attn.modules.linear.scan import gla
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """Heads first, `[batch, heads, tokens, dim]`, as products want them, in memory that features may write to."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x.flatten(1, -3).transpose(1, 2)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _as_came(out: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Tokens of `_own` as those of q and in the dtype of v."""
+    return out.transpose(1, 2).unflatten(1, q.shape[1:-2]).to(v.dtype)
 
 
 def _positive(x: torch.Tensor) -> torch.Tensor:
-    """elu(x) + 1, several times faster than F.elu on a CPU."""
-    x = _wide(x)
-    return torch.maximum(x + 1, x.clamp(max=0.0).exp())
+    """elu(x) + 1 of `_own`, several times faster than F.elu on a CPU."""
+    x = _own(x)
+    return torch.maximum(x + 1, x.clamp(max=0.0).exp_())
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
-    """Over the tokens, `[batch, 1..., heads, dim]`."""
-    return x.mean(list(range(1, x.dim() - 2)), keepdim=True)
+    """Over the tokens, `[batch, heads, 1, dim]`."""
+    return x.mean(2, keepdim=True)
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y).sum(-1, keepdim=True)
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * q_i` times the mean of `k_j v_j^T`; q is flat, `[batch, heads, tokens, dim]`."""
-    k, v = k.flatten(1, -3).transpose(1, 2), v.flatten(1, -3).transpose(1, 2)
-    return q @ (k.transpose(-1, -2) @ v * (scale / k.shape[2]))
+def _apply(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, divisor: bool) -> torch.Tensor:
+    """`scale * q_i` times the mean of `k_j v_j^T`; with `divisor` one channel more, times the mean of `k_j`."""
+    state = k.transpose(-1, -2) @ v
+    if divisor:
+        state = torch.cat([state, k.sum(2).unsqueeze(-1)], -1)
+    return q @ state.mul_(scale / k.shape[2])
 
 
-def _mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """`scale * q_i` times the mean of `k_j v_j^T`, `[batch, *grid, heads, dim]`."""
-    flat, v = q.flatten(1, -3).transpose(1, 2), _wide(v)
+def _mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 1.0, divisor: bool = False) -> torch.Tensor:
+    """`_apply`, whatever autocast says."""
     if torch.jit.is_scripting():
-        out = _products(flat, k, v, scale)
-    else:
-        with torch.autocast(q.device.type, enabled=False):
-            out = _products(flat, k, v, scale)
-    return out.transpose(1, 2).reshape(q.shape[:-1] + v.shape[-1:])
+        return _apply(q, k, v, scale, divisor)
+    with torch.autocast(q.device.type, enabled=False):
+        return _apply(q, k, v, scale, divisor)
+
+
+def _mix_and_dot(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, turns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_mix`, and `scale * q_i` times the mean of `k_j`, `[batch, heads, tokens, 1]`, which does not turn."""
+    if turns is not None:
+        turns = turns.flatten(0, 1).transpose(0, 1)
+        return _mix(rotate(q, turns), rotate(k, turns), v, scale), _dot(q, _mean(k)) * scale
+    out = _mix(q, k, v, scale, True)
+    return out[..., :-1], out[..., -1:]
 
 
 def _normalized(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, turns: torch.Tensor | None
 ) -> torch.Tensor:
-    """`q_i (mean k v^T) / (<q_i, mean k> + eps)` of features."""
-    divisor = _dot(q, _mean(k)) + eps
-    if turns is not None:
-        q, k = rotate(q, turns), rotate(k, turns)
-    return (_mix(q, k, v) / divisor).to(v.dtype)
+    """`q_i (mean k v^T) / (<q_i, mean k> + eps)` of features and of v as it came."""
+    out, divisor = _mix_and_dot(q, k, _own(v), 1.0, turns)
+    return _as_came(out / (divisor + eps), v, v)
 
 
 def _tokens(x: torch.Tensor) -> int:
@@ -77,7 +93,7 @@ def elu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor |
 @register_notrace_function
 def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Features relu, weights that sum to 1; a query without a positive feature gives 0."""
-    return _normalized(F.relu(_wide(q)), F.relu(_wide(k)), v, 1e-6 / _tokens(k), turns)
+    return _normalized(_own(q).relu_(), _own(k).relu_(), v, 1e-6 / _tokens(k), turns)
 
 
 @register_notrace_function
@@ -91,8 +107,8 @@ def rala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
     """Keys weighted by how well they fit the mean query, which raises the rank. Paper: Breaking the Low-Rank Dilemma of
     Linear Attention."""
     q, k = _positive(q), _positive(k)
-    fit = _dot(k, _mean(q)).flatten(1, -3) * q.shape[-1] ** -0.5
-    k = k * (fit.softmax(1) * fit.shape[1]).view(k.shape[:-1] + (1,))
+    fit = _dot(k, _mean(q)) * q.shape[-1] ** -0.5
+    k = k * (fit.softmax(2) * fit.shape[2])
     return _normalized(q, k, v, 1e-6, turns)
 
 
@@ -100,13 +116,14 @@ def rala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
 def nala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Directions raised to a power that grows with the norm of the query, positive and negative parts apart. Paper:
     NaLaFormer: Norm-Aware Linear Attention."""
-    q, k = _wide(q), _wide(k)
+    q, k = _own(q), _own(k)
     norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-    direction, cube = q / (norm + 1e-6), k * k * k
-    raised = direction.abs() ** (3 * (0.5 + norm.tanh()))
-    q = torch.cat([raised * (direction > 0), raised * (direction < 0)], -1)
-    k = torch.cat([F.relu(cube), F.relu(-cube)], -1)
-    return _normalized(q, k, v, 1e-6, None if turns is None else torch.cat([turns, turns], -1))
+    # the power by its logarithm, which takes a third of the time; at 0 it would have no gradient
+    raised = q.abs().clamp_(min=1e-36).log_().sub_((norm + 1e-6).log_()).mul_(3 * (0.5 + norm.tanh())).exp_()
+    q, k, values = raised.copysign(q), (k * k).mul_(k), _own(v)
+    out, divisor = _mix_and_dot(q.clamp(min=0.0), k.clamp(min=0.0), values, 1.0, turns)
+    below, below_divisor = _mix_and_dot(q.clamp(max=0.0), k.clamp(max=0.0), values, 1.0, turns)
+    return _as_came(out.add_(below) / (divisor + below_divisor + 1e-6), v, v)
 
 
 @register_notrace_function
@@ -114,63 +131,68 @@ def mala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor 
     """Weights that keep what the norm of the query says, scaled and shifted to sum to 1. Paper: Rectifying Magnitude
     Neglect in Linear Attention."""
     q, k, scale = _positive(q), _positive(k), q.shape[-1] ** -0.5
-    z = _dot(q, _mean(k)) * scale
-    if turns is not None:
-        q, k = rotate(q, turns), rotate(k, turns)
-    return ((1 + 1 / (z + 1e-6)) * _mix(q, k, v, scale) - z * _mean(_wide(v))).to(v.dtype)
+    values = _own(v)
+    out, z = _mix_and_dot(q, k, values, scale, turns)
+    return _as_came(torch.addcmul((1 + 1 / (z + 1e-6)) * out, z, _mean(values), value=-1.0), v, v)
 
 
 @register_notrace_function
 def inline(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str = "identity") -> torch.Tensor:
     """Weights that sum to 1 by subtraction and may be negative; feature "identity", "relu", "leaky_relu" or "exp"
     (of a fifth). Paper: Bridging the Divide: Reconsidering Softmax and Linear Attention."""
-    q, k, scale = _wide(q), _wide(k), q.shape[-1] ** -0.5
+    q, k, values, scale = _own(q), _own(k), _own(v), q.shape[-1] ** -0.5
     if feature == "relu":
-        q, k = F.relu(q), F.relu(k)
+        q, k = q.relu_(), k.relu_()
     elif feature == "leaky_relu":
         q, k = F.leaky_relu(q), F.leaky_relu(k)
     elif feature == "exp":
         q, k = (0.2 * q).exp(), (0.2 * k).exp()
     elif feature != "identity":
         raise ValueError(f"feature '{feature}'; allowed: 'identity', 'relu', 'leaky_relu', 'exp'")
-    return (_mix(q, k, v, scale) + (1 - scale * _dot(q, _mean(k))) * _mean(_wide(v))).to(v.dtype)
+    # scale q_i (mean k v^T) + (1 - scale <q_i, mean k>) mean v, with k minus its mean
+    return _as_came(_mix(q, k - _mean(k), values, scale).add_(_mean(values)), v, v)
 
 
 @register_notrace_function
 def l2vit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor | None = None) -> torch.Tensor:
     """Features relu, a divisor of at least 100, times `temperature` `[heads]` (`head_dim ** -0.5` if None). Paper: The
     Linear Attention Resurrection in Vision Transformer."""
-    q, k = F.relu(_wide(q)), F.relu(_wide(k))
-    out = _mix(q, k, v) / _dot(q, _mean(k)).clamp(min=100.0 / _tokens(k))
+    out, divisor = _mix_and_dot(_own(q).relu_(), _own(k).relu_(), _own(v), 1.0)
+    out = out / divisor.clamp(min=100.0 / _tokens(k))
     if temperature is None:
-        return (out * q.shape[-1] ** -0.5).to(v.dtype)
-    return (out * temperature.view(-1, 1)).to(v.dtype)
+        return _as_came(out * q.shape[-1] ** -0.5, v, v)
+    return _as_came(out * temperature.view(-1, 1, 1), v, v)
 
 
 @register_notrace_function
 def flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention as a flow network that conserves what enters and leaves each token. Paper: Flowformer: Linearizing
     Transformers with Conservation Flows."""
-    q, k = _wide(q).sigmoid(), _wide(k).sigmoid()
-    n, m = _tokens(q), _tokens(k)
+    if torch.jit.is_scripting():
+        return _as_came(_flow(_own(q).sigmoid_(), _own(k).sigmoid_(), _own(v)), q, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return _as_came(_flow(_own(q).sigmoid_(), _own(k).sigmoid_(), _own(v)), q, v)
+
+
+def _flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`flow` of features; sums over channels and over tokens are products, which make no products of their terms."""
+    n, m = q.shape[2], k.shape[2]
     # x + e in a product with y is the product with y, and e times the sum of y
-    total_q, total_k = _mean(q) * n + 1e-6, _mean(k) * m + 1e-6
-    incoming = 1 / (_dot(q, total_k) + 1e-6 * total_k.sum(-1, keepdim=True) + 1e-6)
-    outgoing = 1 / (_dot(k, total_q) + 1e-6 * total_q.sum(-1, keepdim=True) + 1e-6)
-    given, taken = _mean(outgoing * k) * m + 1e-6, _mean(incoming * q) * n + 1e-6
-    conserved_in = _dot(q, given) + 1e-6 * given.sum(-1, keepdim=True) + 1e-6
-    conserved_out = (_dot(k, taken) + 1e-6 * taken.sum(-1, keepdim=True) + 1e-6).clamp(-1.0, 1.0)
-    compete = (conserved_out.flatten(1, -3).softmax(1) * m).view(conserved_out.shape)
-    out = _mix(q, k, _wide(v) * compete)
-    return ((conserved_in * (n / m)).sigmoid() * (incoming * m) * out).to(v.dtype)
+    total_q, total_k = q.sum(2).unsqueeze(-1) + 1e-6, k.sum(2).unsqueeze(-1) + 1e-6  # [batch, heads, dim, 1]
+    incoming = 1 / (q @ total_k + (1e-6 * total_k.sum(2, keepdim=True) + 1e-6))
+    outgoing = 1 / (k @ total_q + (1e-6 * total_q.sum(2, keepdim=True) + 1e-6))
+    given, taken = k.transpose(-1, -2) @ outgoing + 1e-6, q.transpose(-1, -2) @ incoming + 1e-6
+    conserved_in = q @ given + (1e-6 * given.sum(2, keepdim=True) + 1e-6)
+    conserved_out = (k @ taken + (1e-6 * taken.sum(2, keepdim=True) + 1e-6)).clamp(-1.0, 1.0)
+    out = _apply(q, k, v * (conserved_out.softmax(2) * m), 1.0, False)
+    return (conserved_in * (n / m)).sigmoid() * (incoming * m) * out
 
 
 @register_notrace_function
 def lightnet(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Features silu of q, and of k a softmax over the tokens. Paper: You Only Scan Once: Efficient Multi-dimension
     Sequential Modeling with LightNet."""
-    weights = _wide(k).flatten(1, -3).softmax(1).view(k.shape)
-    return _mix(F.silu(_wide(q)), weights, v, float(_tokens(k))).to(v.dtype)
+    return _as_came(_mix(F.silu(_own(q)), _own(k).softmax(2), _own(v), float(_tokens(k))), v, v)
 
 
 FORMULAS = {f.__name__: f for f in (elu, relu, mala, rala, inline, l2vit, flow, care, nala, lightnet, gla)}

@@ -10,8 +10,6 @@ from vision_attn.kernels.linear import gated_scan_both
 
 __all__ = ["gla"]
 
-CHUNK = 32  # tokens that are paired directly
-
 
 @register_notrace_function
 def gla(
@@ -31,19 +29,18 @@ def gla(
     mild = bool(torch.minimum(log_decay.amin(), log_decay_back.amin()) > -2)
     if fused and not mild and not torch.jit.is_scripting():
         return gated_scan_both(q, k, v, log_decay.to(q.dtype), log_decay_back.to(q.dtype))
-    ahead = [_flat(x) for x in (q, k, v, log_decay)]
-    q2, k2, v2 = ahead[0] * (0.5 * q.shape[-1] ** -0.5), ahead[1], ahead[2]
-    q2, k2, v2 = torch.cat([q2, q2.flip(1)]), torch.cat([k2, k2.flip(1)]), torch.cat([v2, v2.flip(1)])
-    decay = torch.cat([ahead[3], _flat(log_decay_back).flip(1)])
+    q2, k2, v2 = _flat(q) * (0.5 * q.shape[-1] ** -0.5), _flat(k), _flat(v)
+    ahead, back = _flat(log_decay), _flat(log_decay_back)
     if not (fused and mild):
-        out = _token_by_token(q2, k2, v2, decay)
+        q2, k2, v2 = torch.cat([q2, q2.flip(1)]), torch.cat([k2, k2.flip(1)]), torch.cat([v2, v2.flip(1)])
+        there, here = _token_by_token(q2, k2, v2, torch.cat([ahead, back.flip(1)])).chunk(2)
+        out = there + here.flip(1)
     elif torch.jit.is_scripting():
-        out = _in_chunks(q2, k2, v2, decay, 32)
+        out = _in_chunks(q2, k2, v2, ahead, back)
     else:
         with torch.autocast(q.device.type, enabled=False):
-            out = _in_chunks(q2, k2, v2, decay, CHUNK)
-    there, back = out.chunk(2)
-    return (there + back.flip(1)).reshape(v.shape).to(v.dtype)
+            out = _in_chunks(q2, k2, v2, ahead, back)
+    return out.reshape(v.shape).to(v.dtype)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -61,31 +58,54 @@ def _token_by_token(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay
     return out
 
 
-def _in_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, size: int) -> torch.Tensor:
-    """One scan, `[batch, tokens, heads, dim]`, whose gates are above exp(-2).
+def _in_chunks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, log_decay_back: torch.Tensor
+) -> torch.Tensor:
+    """Sum of both scans of `[batch, tokens, heads, dim]`, whose gates are above exp(-2).
 
-    Then what is left of a chunk's first key at its end is at least exp(-2 * size), which float32 can divide by: queries
-    times their gates since the start of the chunk meet keys divided by theirs.
+    Then all gates between a token and the middle of its chunk of 64 have a product of at least exp(-64), which float32
+    can divide by: queries times their gates since the middle meet keys divided by theirs.
     """
     tokens = q.shape[1]
-    q, k, v, log_decay = [F.pad(x, [0, 0, 0, 0, 0, -tokens % size]) for x in (q, k, v, log_decay)]
-    state = torch.zeros_like(k[:, 0]).unsqueeze(-1) * v[:, 0].unsqueeze(-2)
-    outs = []
-    step = 32 * size  # few enough to stay in the cache
-    for start in range(0, tokens, step):
-        parts = [
-            x[:, start : start + step].unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).contiguous()
-            for x in (q, k, v, log_decay)
-        ]  # [batch, heads, chunks, size, dim]
-        gates = parts[3].cumsum(3).exp()
-        query, key, value = parts[0] * gates, parts[1] / gates, parts[2]
-        kept = gates[:, :, :, -1:]
-        added = (key * kept).transpose(-1, -2) @ value
-        kept = kept.transpose(-1, -2)
-        states = []
-        for t in range(added.shape[2]):
-            states.append(state)
-            state = torch.addcmul(added[:, :, t], kept[:, :, t], state)
-        out = (query @ key.transpose(-1, -2)).tril() @ value + query @ torch.stack(states, 2)
-        outs.append(out.permute(0, 2, 3, 1, 4).flatten(1, 2))
-    return torch.cat(outs, 1)[:, :tokens]
+    chunks = -(-tokens // 64)
+    size = -(-tokens // chunks)
+    if chunks * size > tokens:
+        pad = [0, 0, 0, 0, 0, chunks * size - tokens]
+        q, k, v, log_decay, log_decay_back = [F.pad(x, pad) for x in (q, k, v, log_decay, log_decay_back)]
+    q, k, v = [x.unflatten(1, (chunks, size)).permute(0, 3, 1, 2, 4).contiguous() for x in (q, k, v)]
+    # which logarithms make the gates since the middle, and in the last row those of the way to the middle
+    token, middle = torch.arange(size, device=q.device), size // 2
+    from_start, from_end = (token <= middle).to(q.dtype), (token >= middle).to(q.dtype)
+    ahead = torch.ones(size, size, dtype=q.dtype, device=q.device).tril() - from_start
+    back = (token < middle).to(q.dtype) - torch.ones_like(ahead).tril(-1)
+    q_there, k_there, there = _scan(q, k, v, log_decay, torch.cat([ahead, from_start[None]]), False)
+    q_back, k_back, back = _scan(q, k, v, log_decay_back, torch.cat([back, from_end[None]]), True)
+    pairs = (q_there @ k_there.transpose(-1, -2)).tril_().add_((q_back @ k_back.transpose(-1, -2)).triu_())
+    out = pairs @ v
+    out = out.flatten(0, 2).baddbmm_(q_there.flatten(0, 2), there.flatten(0, 2))
+    out = out.baddbmm_(q_back.flatten(0, 2), back.flatten(0, 2)).view(v.shape)
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
+
+
+def _scan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, sums: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries times their gates since the middle of the chunk, keys divided by theirs, and the states that the queries
+    read: those of the chunks before, at the middle of this one."""
+    heads, chunks, size = q.shape[1], q.shape[2], q.shape[3]
+    logs = log_decay.flatten(2).reshape(q.shape[0] * chunks, size, -1)
+    gates = (sums.expand(logs.shape[0], -1, -1) @ logs).exp_()
+    gates = gates.view(q.shape[0], chunks, size + 1, heads, -1).permute(0, 3, 1, 2, 4)
+    gates, middle = gates[..., :size, :], gates[..., size, :].unsqueeze(-1)
+    end = gates[..., 0 if back else size - 1, :].unsqueeze(-1)
+    q, k = q * gates, k / gates
+    added, kept = (k.transpose(-1, -2) @ v) * end, middle * end
+    state = torch.zeros_like(added[:, :, 0])
+    states = []
+    for i in range(chunks):
+        at = chunks - 1 - i if back else i
+        states.append(state)
+        state = torch.addcmul(added[:, :, at], kept[:, :, at], state)
+    if back:
+        states = states[::-1]
+    return q, k, torch.stack(states, 2) * middle
