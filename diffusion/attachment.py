@@ -15,7 +15,9 @@ from vision_attn.diffusion.installed import Installed
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.run import Plan, Run
 from vision_attn.diffusion.schedule import Schedule
+from vision_attn.diffusion.sharding import check_shards
 from vision_attn.kernels.backends import BACKENDS
+from vision_attn.kernels.parallel import Shards
 from vision_attn.kernels.patterns import Pattern, Radial
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -33,6 +35,7 @@ def attach(
     train_tokens: int | None = None,
     grid: tuple[int, ...] | None = None,
     backend: str | None = None,
+    parallel: Shards | None = None,
     strict: bool = False,
     replace: bool = False,
 ) -> Installed:
@@ -57,6 +60,9 @@ def attach(
         train_tokens: tokens of the sequence the model was trained on, text included; "proportional" cannot guess it.
         grid: sizes in tokens, when the class is unknown or the call does not say.
         backend: kernel backend by name; None lets `attend` pick.
+        parallel: cut the image along one axis of its grid over the processes of a group, as `Shards(axis=1)` says:
+            every rank calls the pipeline with the same arguments and gets the same result, and only what the pattern
+            reaches is exchanged. For Wan, Flux, QwenImage and LTX; axis 0 is frames for video.
         strict: raise where a call would stay dense with a warning.
         replace: detach what is attached to the same modules first; otherwise that is an error.
 
@@ -82,13 +88,13 @@ def attach(
         given = {
             "dense_steps": dense_steps, "dense_layers": dense_layers, "dense_last_steps": dense_last_steps,
             "calls": calls, "temperature": temperature, "train_tokens": train_tokens, "grid": grid,
-            "backend": backend, "strict": strict, "replace": replace,
+            "backend": backend, "parallel": parallel, "strict": strict, "replace": replace,
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
         pattern.refuse_unknown(given)
         return pattern.attach(target, **given)
     schedule = (dense_steps, dense_layers, dense_last_steps, calls)
-    return Run(*planned(target, pattern, schedule, temperature, train_tokens, grid, backend, strict), replace)
+    return Run(*planned(target, pattern, schedule, temperature, train_tokens, grid, backend, strict, parallel), replace)
 
 
 def planned(
@@ -100,6 +106,7 @@ def planned(
     grid: tuple[int, ...] | None,
     backend: str | None,
     strict: bool,
+    parallel: Shards | None = None,
 ) -> tuple[Any | None, list[Plan], Schedule, dict[str, Any]]:
     """The arguments of a `Run`, from checked options of `attach`; nothing is changed yet."""
     patterns = pattern if isinstance(pattern, tuple) and pattern else (pattern,)
@@ -115,10 +122,12 @@ def planned(
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}, or None to let attend pick")
     options = {
         "pattern": pattern, "temperature": temperature, "train_tokens": train_tokens, "grid": grid,
-        "backend": backend, "strict": strict,
+        "backend": backend, "strict": strict, "parallel": parallel,
     }  # fmt: skip
     pipe, modules = denoisers(target)
     plans = [_plan(name, module, pattern, schedule, grid) for name, module in modules.items()]
+    for plan in plans if parallel is not None else ():
+        check_shards(plan.module, plan.family, parallel)
     return pipe, plans, schedule, options
 
 

@@ -20,7 +20,7 @@ _MEASURED_BY = hashlib.sha256(inspect.getsource(measures).encode()).hexdigest()[
 
 
 def caption(size: Size, number: int) -> str:
-    """A caption of one thing that moves; for still pictures two things of different colours and shapes, for edits one.
+    """A caption of one thing that moves; of one that does not for pictures, and of two for those of two things.
 
     >>> [caption(SIZES[name], 0) for name in ("1x", "still", "edit")]
     ['a big yellow triangle moves down', 'a red triangle and a white circle', 'a red triangle']
@@ -30,7 +30,7 @@ def caption(size: Size, number: int) -> str:
     draw = np.random.default_rng((8, 4, number))
     colors, shapes = draw.permutation(list(COLORS))[:2], draw.permutation(SHAPES)[:2]
     things = [f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True)]
-    return things[0] if size.name == "edit" else " and ".join(things)
+    return " and ".join(things) if size.name == "still" else things[0]
 
 
 class Cache:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vision_attn.diffusion import CLEAR, NTK, PI, TASR, FreeSwim, Method, RIFLEx, UltraViCo, YaRN
+from vision_attn.diffusion import CLEAR, NTK, PI, TASR, FreeSwim, LinFusion, Method, RIFLEx, UltraViCo, YaRN
 from vision_attn.diffusion.attachment import attach
+from vision_attn.diffusion.trained import key
 from vision_attn.kernels.patterns import BlockList, Circle, Dense, Neighborhood, Pattern, Radial, SlidingTile
 
 PLAIN = "plain"  # the row that the others of a size are compared with: the untouched model
@@ -36,6 +37,8 @@ SIZES = {
         Size("4x-large", "4x the height and width", 17, 192),
         Size("still", "Still pictures of two things", 1, 48),
         Size("edit", "Edits of a true picture: another colour for its thing", 1, 48),
+        Size("flux", "Still pictures of a tiny FLUX, trained for this table", 1, 48),
+        Size("unet", "Still pictures of a tiny U-Net, trained for this table", 1, 48),
     )
 }  # lengths are 5, 10 and 20 latent frames; sides 6, 12 and 24 tokens
 
@@ -49,9 +52,11 @@ class Row:
         method: what is attached; None is the untouched model.
         way: "draw" from noise; "upscale" the clip of the trained size with `upscale_video`; "resize" it; "calibrate" a
             preset and draw with it; "consistent", `consistent_images` of the things in the caption; "edit" a true
-            picture of another colour; or "truth".
+            picture of another colour; "lora" to draw with a LoRA; "picture" to draw with a model and layers that were
+            trained for this; or "truth".
         control: row that says what the idea itself adds, besides what any method of this cost would.
-        options: of `upscale_video`, `calibrate` or `consistent_images`; for "edit" what is done to the picture first.
+        options: of `upscale_video`, `calibrate` or `consistent_images`; for "edit" what is done to the picture first;
+            for "lora" and "picture" the keys of what was trained.
     """
 
     name: str
@@ -130,6 +135,8 @@ def rows(size: Size) -> list[Row]:
             Row("IR-Diffusion", way="consistent"),
             Row("IR-Diffusion, isolation alone", way="consistent", options={"reposition": False, "cross": 0.0}),
         ]
+    if size.name in ("flux", "unet"):
+        return [start[0], *_distilled(size.name)]
     if size.frames > SIZES["1x"].frames:
         return start + _longer(size)
     return start + (_larger(size) if size.side > SIZES["1x"].side else _trained(size))
@@ -147,6 +154,19 @@ def _sparse(size: Size, patterns: dict[str, Pattern | CLEAR]) -> list[Row]:
         control = f"random, as dense as {name}"
         found += [Row(name, pattern, control=control), Row(control, RandomBlocks(like, _grid(size)))]
     return found
+
+
+def _distilled(model: str) -> list[Row]:
+    name, layers, method = {
+        "flux": ("CLEAR", "clear", CLEAR(radius=2, pooled=3)),
+        "unet": ("LinFusion", "linfusion", LinFusion()),
+    }[model]
+    own, control = {"model": key(model)}, f"{name}, not trained"
+    return [
+        Row(PLAIN, way="picture", options=own),
+        Row(control, method, "picture", options=own),
+        Row(f"{name}, distilled", method, "picture", control, own | {"layers": key(layers)}),
+    ]
 
 
 RADIAL = Radial(decay=0.5, block=4, thin=8)
@@ -167,12 +187,14 @@ def _longer(size: Size) -> list[Row]:
     times = 2 if size.name == "2x-long" else 4
     edits = {"PI": PI(), "NTK": NTK(), "YaRN": YaRN(), "TASR": TASR(), "RIFLEx": RIFLEx()}
     control = "UltraViCo, alpha = 1"
+    lora = [Row("radial, with a LoRA", RADIAL, "lora", "radial", {"layers": key("lora")})] if times == 2 else []
     return [
         Row("UltraViCo", UltraViCo(times=times), control=control),
         Row("UltraViCo, keys not centred", UltraViCo(times=times, center_keys=False), control=control),
         Row(control, UltraViCo(times=times, alpha=1.0)),
         *(Row(name, method) for name, method in edits.items()),
         *_sparse(size, {"radial": RADIAL, "window of 5 frames": Neighborhood(window=(5, 6, 6))}),
+        *lora,
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from vision_attn.diffusion.families import Family, Grid
 from vision_attn.diffusion.schedule import Schedule, Steps
+from vision_attn.diffusion.sharding import Cut
 from vision_attn.hosts import AttachError
 from vision_attn.joint import fit
 from vision_attn.kernels.patterns import Dense, Pattern
@@ -33,9 +34,10 @@ class Context:
         self.announced = False
         self.active = True
         self.half: str | None = None  # the half of a `[uncond, cond]` batch that is sparse
-        self.grids: dict[int, Grid] = {}  # image tokens -> grid
+        self.grids: dict[int, Grid] = {}  # image tokens, of this rank when the grid is cut -> the whole grid
         self.text = self.appended = self.batch = 0
         self.ranks = 1
+        self.cut: Cut | None = Cut(options["parallel"]) if options.get("parallel") else None
 
     def decide(self, timestep: Any | None) -> None:
         """Set which modules are sparse in the coming call. Never traced."""
@@ -87,15 +89,17 @@ class Context:
                 raise AttachError(f"grid={grid} has {math.prod(grid)} tokens, but this call has {int(sample.shape[1])}")
         text = None if self.family.text == "none" else call.get("encoder_hidden_states")
         self.text = 0 if text is None else int(text.shape[1])
+        if self.cut is not None:
+            self.cut.measure(grid)
         if not self.family.stages:
-            self.grids = {math.prod(grid): grid}
+            self.grids = {math.prod(grid if self.cut is None else self.cut.own): grid}
             return
         height, width = grid
         levels = [(-(-height // 2**i), -(-width // 2**i)) for i in range(len(self.config.block_out_channels))]
         self.grids = {h * w: (h, w) for h, w in levels}
 
     def place(self, tokens: int) -> tuple[Grid, int, bool] | None:
-        """The grid, where it starts in a sequence of `tokens`, and whether that is all; None for another sequence."""
+        """The whole grid, where it starts in a sequence of `tokens`, and whether that is all; None elsewhere."""
         for image, grid in self.grids.items():
             if self.family.stages:
                 if tokens == image:

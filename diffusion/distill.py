@@ -152,7 +152,9 @@ def own_images(pipe: Any, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         path = folder / f"{first:06d}.safetensors"
         if not path.exists():
             rng = np.random.default_rng((args.seed, first))
-            words = [prompts[i % len(prompts)] if prompts else still(rng)[1] for i in range(first, first + CHUNK)]
+            words = (
+                [prompts[i % len(prompts)] for i in range(first, first + CHUNK)] if prompts else stills(rng, CHUNK)[1]
+            )
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + first)
             made = pipe(
                 words, height=args.size, width=args.size, num_inference_steps=args.sampling_steps,
@@ -206,20 +208,17 @@ def distil(args: argparse.Namespace, pipe: Any, denoiser: nn.Module, build: Call
     return done | {"parameters": sum(p.numel() for p in student.trained.parameters()), "images": len(texts)}
 
 
-def still(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """A picture of the shapes world `[48, 48, 3]` uint8, and its caption."""
-    scene = sample_still(rng)
-    return render(scene)[0], caption(scene, rng)
+def stills(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+    """Pictures of the shapes world `[count, 3, 48, 48]` in -1..1, and their captions."""
+    scenes = [sample_still(rng) for _ in range(count)]
+    pictures = np.stack([render(scene)[0] for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [caption(scene, rng) for scene in scenes]
 
 
 def train_teacher(args: argparse.Namespace) -> dict:
     """A tiny image model from nothing: an autoencoder on still images, then a denoiser on its latents."""
     pipe = tiny_image.flux(args.seed) if args.target == "flux" else tiny_image.stable_diffusion(args.seed)
     denoiser = pipe.transformer if args.target == "flux" else pipe.unet
-
-    def stills(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
-        pictures, texts = zip(*(still(rng) for _ in range(count)), strict=True)
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1, list(texts)
 
     def vae_loss(rng: np.random.Generator, progress: float) -> Tensor:
         y, x = rng.integers(0, 25, 2)

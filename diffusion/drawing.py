@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from vision_attn.diffusion.clips import Cache, caption
 from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size
 from vision_attn.diffusion.consistent import consistent_images
 from vision_attn.diffusion.loading import load
+from vision_attn.diffusion.lora import load_lora
 from vision_attn.diffusion.method import Preset
 from vision_attn.diffusion.protect import protect_image
+from vision_attn.diffusion.trained import folder
 from vision_attn.diffusion.upscale import upscale_video
 from vision_attn.kernels.patterns import Dense
 from vision_attn.shapes import COLORS, parse, render, sample_scene
@@ -30,8 +33,7 @@ class Artist:
 
     def __init__(self, cache: Cache, model: Path) -> None:
         loaded = load(model, device="cpu")
-        self.cache, self.pipe = cache, loaded.pipe
-        self.pipe.set_progress_bar_config(disable=True)
+        self.cache, self.model, self.pipe = cache, model, _quiet(loaded.pipe)
         said = loaded.defaults
         self.call = {
             "guidance_scale": said["guidance"],
@@ -39,22 +41,25 @@ class Artist:
             "num_inference_steps": cache.steps,
         }
         self._presets: dict[tuple[str, str], Preset] = {}
+        self._pipes: dict[str, Any] = {}
 
     def draw(self, size: Size, row: Row, prompt: int, seed: int) -> None:
         """Draw one clip and store it.
 
         Seconds are those of the processor, to which other work on the machine adds little. They count the small clip
-        that an enlarged one starts from, and not the calibration, which is done once.
+        that an enlarged one starts from, and not calibration and training, which are done once.
         """
         clip, ways = (size, row, prompt, seed), {"resize": self._resize, "upscale": self._upscale}
         ways |= {TRUTH: self._truth, "draw": self._draw, "calibrate": self._calibrate, "consistent": self._consistent}
-        ways["edit"] = self._edit
+        ways |= {"edit": self._edit, "lora": self._lora, "picture": self._picture}
         before = 0.0
         if row.way in ("resize", "upscale"):
             self._base(prompt, seed)
             before = self.cache.record(SIZES["1x"], Row(PLAIN), prompt, seed)["seconds"]
         elif row.way == "calibrate":
             self._preset(size, row)
+        elif row.way in ("lora", "picture"):
+            self._trained(row)
         start = time.process_time()
         video, density = ways[row.way](*clip, caption(size, prompt))
         seconds = None if row.way == TRUTH else before + time.process_time() - start
@@ -65,14 +70,47 @@ class Artist:
         draw, sizes = np.random.default_rng((seed, prompt, 5)), {"height": size.side, "width": size.side}
         return render(sample_scene(draw, parse(text), frames=size.frames, **sizes)), None
 
-    def _draw(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+    def _draw(
+        self, size: Size, row: Row, prompt: int, seed: int, text: str, pipe: Any = None
+    ) -> tuple[np.ndarray, float]:
+        pipe = pipe or self.pipe
+
         def video() -> np.ndarray:
-            return self.pipe(text, generator=_noise(prompt, seed), **_sizes(size), **self.call).frames[0]
+            return pipe(text, generator=_noise(prompt, seed), **_sizes(size), **self.call).frames[0]
 
         if row.method is None:
             return video(), 1.0
-        with attach(self.pipe, row.method) as run:
+        with attach(pipe, row.method) as run:
             return video(), _density(run.report)
+
+    def _lora(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
+        return self._draw(size, row, prompt, seed, text, self._trained(row)[0])
+
+    def _picture(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float | None]:
+        pipe, method = self._trained(row)
+        call = {"num_inference_steps": self.cache.steps, "height": size.side, "width": size.side, "output_type": "np"}
+        torch.manual_seed(0)  # of layers that start from random numbers
+        with attach(pipe, method) as run:
+            made = pipe(text, generator=_noise(prompt, seed), guidance_scale=self.call["guidance_scale"], **call)
+            return made.images, None if size.name == "unet" and row.method else _density(run.report)
+
+    def _trained(self, row: Row) -> tuple[Any, Any]:
+        """The pipeline of a row and what is attached to it, trained where they are not yet."""
+        from diffusers import DiffusionPipeline
+
+        found = {part: folder(self.cache.folder, stored.split("-")[0]) for part, stored in row.options.items()}
+        name = row.options["layers" if row.way == "lora" else "model"]
+        if name not in self._pipes:
+            if row.way == "lora":
+                self._pipes[name] = _quiet(load(self.model, device="cpu").pipe)
+                load_lora(self._pipes[name], found["layers"])
+            else:
+                self._pipes[name] = _quiet(DiffusionPipeline.from_pretrained(found["model"]))
+        method = row.method or Dense()
+        if row.way == "picture" and "layers" in found:
+            stored = row.options["layers"].split("-")[0]
+            method = dataclasses.replace(method, weights=found["layers"] / f"{stored}.safetensors")
+        return self._pipes[name], method
 
     def _calibrate(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
         return self._draw(size, Row(row.name, self._preset(size, row)), prompt, seed, text)
@@ -128,6 +166,11 @@ class Artist:
         noise = _noise_seed(prompt, seed) - len(subjects)  # the picture comes after a reference of each subject
         done = consistent_images(self.pipe, subjects, [text], seed=noise, **row.options, **_sizes(size), **self.call)
         return done.images[0], None
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _noise_seed(prompt: int, seed: int) -> int:

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+import torch
 
 from vision_attn.diffusion.attachment import attach, denoisers
 from vision_attn.diffusion.families import Family, family_of
@@ -21,6 +22,8 @@ from vision_attn.diffusion.lengths import (
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.methods import method_class
 from vision_attn.diffusion.methods.ultravico import check_times
+from vision_attn.diffusion.pieces import decode, feed_forward_in_pieces
+from vision_attn.diffusion.pixels import finite
 from vision_attn.diffusion.sizes import FAMILIES as SIZES
 from vision_attn.kernels.patterns import Pattern
 
@@ -50,6 +53,8 @@ def extend_video(
     **call: Any,
 ) -> Extended:
     """Draw a video `times` as long as those the model was trained on.
+
+    For less memory with large frames call `pipe.vae.enable_tiling()` before.
 
     Args:
         pipe: a pipeline that draws videos: Wan, HunyuanVideo, CogVideoX, LTX, Mochi or Cosmos.
@@ -88,13 +93,18 @@ def extend_video(
     said = folder_defaults(module)
     arguments = inspect.signature(type(pipe).__call__).parameters
     own = {name: said[key] for key, name in _DEFAULTS.items() if key in said and name in arguments}
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    wan = isinstance(pipe, (WanPipeline, WanImageToVideoPipeline))  # whose latents can be decoded in less memory
+    call = {**own, **call, "output_type": "latent" if wan else "np"}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(feed_forward_in_pieces(module))
         runs = [stack.enter_context(attach(pipe, part)) for part in parts]
-        frames = pipe(prompt=prompt, num_frames=count, **{**own, "output_type": "np", **call}).frames
-    frames = np.asarray(frames, dtype=np.float32)
-    if not np.isfinite(frames).all():
-        raise RuntimeError(f"the model produced NaN in {pipe.dtype}; use float32 or bfloat16")
-    return Extended(frames, [run.report for run in runs])
+        frames = pipe(prompt=prompt, num_frames=count, **call).frames
+    if wan:
+        with torch.no_grad():
+            frames = decode(pipe, frames, pipe.vae.use_tiling)
+    return Extended(finite(frames, pipe), [run.report for run in runs])
 
 
 # Entries of defaults.json -> arguments of pipelines.

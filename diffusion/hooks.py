@@ -24,6 +24,7 @@ from vision_attn.diffusion.schedule import Announcements
 from vision_attn.diffusion.ulysses import gathered_order
 from vision_attn.hosts import AttachError
 from vision_attn.joint import joint_attention
+from vision_attn.kernels.patterns import Dense, Pattern
 
 
 class RootHook(ModelHook):
@@ -112,6 +113,8 @@ class AttentionHook(ModelHook):
     def mode(self) -> Interception | None:
         """What takes over; None where that would change nothing, because it costs a little with every function."""
         context = self.context
+        if context.cut is not None:  # what is dense needs the tokens of other ranks, too
+            return Interception(context, self.layer, not self.sparse)
         if not torch.compiler.is_compiling() and len(context.grids) == 1 and context.temperature == "none":
             (grid,) = context.grids.values()
             if context.plan(grid, self.layer)[1]:
@@ -120,7 +123,7 @@ class AttentionHook(ModelHook):
         return Interception(context, self.layer)
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.sparse:
+        if not self.sparse and self.context.cut is None:
             self.tally = (0, 1)
             return self.fn_ref.original_forward(*args, **kwargs)
         mode = self.mode()
@@ -142,9 +145,9 @@ class AttentionHook(ModelHook):
 class Interception(TorchFunctionMode):
     """Replaces self-attention over the image tokens; every other function runs as it is."""
 
-    def __init__(self, context: Context, layer: int) -> None:
+    def __init__(self, context: Context, layer: int, dense: bool = False) -> None:
         super().__init__()
-        self.context, self.layer = context, layer
+        self.context, self.layer, self.dense = context, layer, dense
         self.done = self.left = self.samples = 0
         self.note: str | None = None
         self.grid: Grid | None = None
@@ -175,20 +178,24 @@ class Interception(TorchFunctionMode):
         elif attn_mask is not None:
             note = mask_trouble(attn_mask, tokens, place, context)
         if note is not None:
-            if context.strict:
+            if context.strict or context.cut is not None:
                 raise AttachError(note)
             self.left, self.note = self.left + 1, note
             return F.scaled_dot_product_attention(query, key, value, **given)
+        if self.dense:
+            self.left += 1
+            return self.plain(query, key, value, place, given)
 
         self.done, self.grid = self.done + 1, place[0]
-        scale = context.scale(scale, int(query.shape[-1]), tokens)
+        others = 0 if context.cut is None else math.prod(place[0]) - math.prod(context.cut.own)
+        sparse_scale = context.scale(scale, int(query.shape[-1]), tokens + others)
         cut = 0
         if context.half is not None:  # samples below the cut are unconditional
             batch = int(query.shape[0])
             cut = min(max(context.batch // 2 - self.samples, 0), batch)
             self.samples += batch
         if not cut and context.half != "uncond":
-            return self.compute(query, key, value, attn_mask, place, scale, enable_gqa)
+            return self.compute(query, key, value, attn_mask, place, sparse_scale, enable_gqa)
         parts = []
         for rows, name in ((slice(None, cut), "uncond"), (slice(cut, None), "cond")):
             q, k, v = query[rows], key[rows], value[rows]
@@ -196,10 +203,18 @@ class Interception(TorchFunctionMode):
             if not q.shape[0]:
                 continue
             if name == context.half:
-                parts.append(self.compute(q, k, v, mask, place, scale, enable_gqa))
+                parts.append(self.compute(q, k, v, mask, place, sparse_scale, enable_gqa))
             else:
-                parts.append(F.scaled_dot_product_attention(q, k, v, **{**given, "attn_mask": mask}))
+                parts.append(self.plain(q, k, v, place, {**given, "attn_mask": mask}))
         return torch.cat(parts)
+
+    def plain(self, q, k, v, place: tuple[Grid, int, bool], given: dict[str, Any]):
+        """Dense attention over all tokens, those of other ranks included."""
+        if self.context.cut is None:
+            return F.scaled_dot_product_attention(q, k, v, **given)
+        return over_ranks(
+            self.context, Dense(), q, k, v, given["attn_mask"], place, given["scale"], given["enable_gqa"]
+        )
 
     def compute(self, q, k, v, mask, place: tuple[Grid, int, bool], scale: float | None, enable_gqa: bool):
         return sparse(self.context, self.layer, q, k, v, mask, place, scale, enable_gqa)
@@ -211,6 +226,8 @@ def sparse(
     """One intercepted call: the pattern, after putting tokens into the order that the family promises."""
     order, (grid, start, alone) = None, place
     pattern, full = context.plan(grid, layer)
+    if context.cut is not None:
+        return over_ranks(context, Dense() if full else pattern, q, k, v, mask, place, scale, enable_gqa)
     if full:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     if context.ranks > 1 and not alone:
@@ -221,6 +238,17 @@ def sparse(
         mask = None if mask is None else mask.index_select(3, order)
     out = joint_attention(q, k, v, mask, pattern, grid, start, alone, scale, enable_gqa, context.backend)
     return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+
+
+def over_ranks(context: Context, pattern: Pattern, q, k, v, mask, place, scale: float | None, enable_gqa: bool):
+    """One call on the tokens of this rank; the text is the same on all."""
+    _, start, alone = place
+    if torch.is_grad_enabled() and not alone:
+        raise AttachError("parallel= has no gradients where text is part of the sequence; run under torch.no_grad()")
+    cut = context.cut
+    return joint_attention(
+        q, k, v, mask, pattern, cut.own, start, alone, scale, enable_gqa, context.backend, cut.shards
+    )  # fmt: skip
 
 
 def mask_trouble(mask: torch.Tensor, tokens: int, place: tuple[Grid, int, bool], context: Context) -> str | None:

@@ -66,6 +66,15 @@ def save_lora(pipe: Any, folder: str | Path) -> Path:
     return folder / FILE
 
 
+def lora_file(path: str | Path) -> Path:
+    """The safetensors file that a path means, itself or in its folder. Raises ValueError where there is none."""
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ValueError(f"{path} is neither a safetensors file nor a folder with {FILE}")
+    return file
+
+
 def load_lora(pipe: Any, path: str | Path, name: str = "lora") -> None:
     """Load a LoRA into a pipeline with `pipe.load_lora_weights`, after a look at whether it was made for that model.
 
@@ -85,10 +94,7 @@ def load_lora(pipe: Any, path: str | Path, name: str = "lora") -> None:
     """
     if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, "transformer"):
         raise TypeError(f"{type(pipe).__name__} loads no LoRAs into a transformer")
-    path = Path(path)
-    file = path / FILE if path.is_dir() else path
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise ValueError(f"{path} is neither a safetensors file nor a folder with {FILE}")
+    file = lora_file(path)
     try:
         stored = pipe.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
     except Exception as error:  # safetensors and each family's conversion raise classes of their own

@@ -144,6 +144,10 @@ mechanics and directions. It says nothing about the quality of these methods on 
   twenty is chance. For every pattern the control is as many pairs, in blocks of 6 tokens drawn blindly, other ones in
   every layer.
 
+The radial LoRA, and the image models and what was distilled from them, are trained by this command before their first
+clip, for minutes (the commands are in [trained.py](trained.py)). MoH-DiT and LaMamba blocks have no row: they are parts
+for denoisers that are trained from nothing, and none was trained here.
+
 The number after +- is the standard error of the mean. One clip of each row: [evaluation.png](results/evaluation.png).
 """
 
@@ -167,6 +171,7 @@ def page(found: dict[str, Any]) -> str:
                 control = f"{one['control']}: {control}"
             lines.append("| " + " | ".join([*cells, _words(one, "against plain"), control]) + " |")
         tokens = f"{(size.frames - 1) // 4 + 1} x {size.side // 8} x {size.side // 8} tokens"
+        tokens = "12 x 12 and 6 x 6 tokens" if size.name == "unet" else tokens
         sizes = f"{size.frames} frame{'s' * (size.frames > 1)} of {size.side} x {size.side} pixels, {tokens}."
         parts.append(f"## {size.title}\n\n{sizes}\n\n" + "\n".join(lines) + "\n" + _no_help(mine))
     return "\n".join(parts)

@@ -16,9 +16,12 @@ from vision_attn.diffusion.hooks import AttentionHook, RootHook
 from vision_attn.diffusion.installed import SELF_ATTENTION, Installed, refuse_or_replace
 from vision_attn.diffusion.report import DenoiserReport, Report
 from vision_attn.diffusion.schedule import Schedule, Steps
+from vision_attn.diffusion.sharding import cut_hooks
+from vision_attn.diffusion.ulysses import OneMaskHook, text_masked
 from vision_attn.joint import fit
 
-ROOT_HOOK, ATTENTION_HOOK = "vision_attn_root", "vision_attn_attention"
+ROOT_HOOK, CUT_HOOK, ATTENTION_HOOK = "vision_attn_root", "vision_attn_cut", "vision_attn_attention"
+MASK_HOOK = "vision_attn_mask"
 UNSET = (0, (), None, False, "both", "none")  # option values that change nothing, left out of reports
 
 
@@ -65,7 +68,12 @@ class Run(Installed):
         self._contexts.append(context)
         self._backends.append(replaced)
         parameters = list(inspect.signature(plan.module.forward).parameters)
-        self.hook(plan.module, RootHook(context, parameters), ROOT_HOOK)
+        if context.cut is not None:
+            for name, hook in cut_hooks(plan.module, plan.family, context.cut).items():
+                self.hook(plan.module.get_submodule(name), hook, CUT_HOOK)
+        self.hook(plan.module, RootHook(context, parameters), ROOT_HOOK)  # later, so that it sees the call uncut
+        for module in text_masked(plan.module):
+            self.hook(module, OneMaskHook(), MASK_HOOK)
         for module, layer in plan.attention.values():
             hook = self.hook_class(context, layer, layer in plan.dense_layers)
             context.hooks.append(hook)
@@ -93,6 +101,8 @@ class Run(Installed):
                 warnings[note] = warnings.get(note, 0) + count
             denoisers.append(_denoiser_report(plan, context, backends))
         options = {k: v for k, v in plain.items() if v not in UNSET}
+        if "parallel" in options:
+            options["parallel"] = {"axis": options["parallel"].axis, "ranks": self._contexts[0].cut.ranks}
         if isinstance(pattern, tuple):
             shown = {"pattern": "per-layer", "layers": [each.to_dict() for each in pattern]}
         else:

@@ -52,7 +52,8 @@ def timed(
 
 def fits(rows: Iterable[Row]) -> list[Row]:
     """How attention grows with length on frames of one size: the power in `time ~ tokens ** power` by least squares,
-    and the same for `n log2(n)` and for `n log2(frames)`, the form that the paper of radial attention proves."""
+    and the same for the pairs of tokens that a pattern keeps, for `n log2(n)`, and for `n log2(frames)`, the form that
+    the paper of radial attention proves. Over few frames the last grows faster than `n log2(n)`, and radial with it."""
     found = []
     own = [row for row in rows if row["part"] == "attention" and row["ms"] != ""]
     grids = {row["grid"]: tuple(map(int, row["grid"].split("x"))) for row in own}
@@ -67,6 +68,7 @@ def fits(rows: Iterable[Row]) -> list[Row]:
                 "power": [float(row["ms"]) for row in rows_of],
                 "n_log_n": [n * math.log2(n) for n in tokens],
                 "n_log_frames": [n * math.log2(f) for n, f in zip(tokens, frames, strict=True)],
+                "pairs": [n * n * float(row["density"] or 1) for n, row in zip(tokens, rows_of, strict=True)],
             }
             x = [math.log(n) for n in tokens]
             slopes = {
@@ -90,7 +92,7 @@ def fits_text(rows: Iterable[Row]) -> str:
             lines.append(
                 (f["frame"], f"attention from {f['from']} to {f['to']} tokens, frames of {f['frame']}; {limit}")
             )
-        lines.append((f["frame"], f"  {f['what']:<18} time ~ tokens ** {f['power']:.2f}"))
+        lines.append((f["frame"], f"  {f['what']:<18} time ~ tokens ** {f['power']:.2f}, pairs ** {f['pairs']:.2f}"))
     return "\n".join(text for _, text in lines)
 
 

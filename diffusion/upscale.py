@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from vision_attn.diffusion.attachment import attach, denoisers
 from vision_attn.diffusion.checkpoint import Checkpoint, states
 from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.methods.freeswim import FreeSwim
 from vision_attn.diffusion.native import Native, native
+from vision_attn.diffusion.pieces import decode, encode, feed_forward_in_pieces
 from vision_attn.diffusion.pixels import as_pixels, counting, finite
 from vision_attn.diffusion.restart import shifted, skip_steps
 from vision_attn.kernels.patterns import Pattern
@@ -83,7 +83,8 @@ def upscale_video(
         guidance: strength of the prompt; None is that of the model.
         shift: flow shift of the second pass; None is 9 for Wan2.1 as published, else the scheduler's own.
         generator: of the noise.
-        tiling: encode and decode in tiles where the pipeline's VAE finds the video large.
+        tiling: encode and decode in tiles where the VAE's `tile_sample_*` find the video large, and run feed-forward
+            layers on some tokens at a time, for less memory.
         checkpoint: folder in which the state is kept after every refresh of the global copy, to go on from there when
             the same call is made again after an interruption; emptied at the end.
         progress: True for a bar on stderr, or a function of (steps done, steps in all).
@@ -156,8 +157,7 @@ def upscale_video(
         done, latents, state = kept.load_step(pipe._execution_device)
         if latents is None:
             late = skip_steps(scheduler, steps - run)
-            with _tiled(pipe.vae, tiling):
-                latents = _encode(pipe, video, height, width)
+            latents = encode(pipe, video, height, width, tiling)
             latents = _noised(latents, late, steps, generator)
             kept.save_step(0, latents, late)
         late = skip_steps(scheduler, steps - run, done, state)
@@ -171,12 +171,14 @@ def upscale_video(
                 count_step(now)
                 return {}
 
-            with _scheduler(pipe, late), _tiled(pipe.vae, tiling), attach(pipe, method) as attached:
-                large = pipe(
+            denoiser = next(iter(denoisers(pipe)[1].values()))
+            pieces = feed_forward_in_pieces(denoiser) if tiling else contextlib.nullcontext()
+            with _scheduler(pipe, late), pieces, attach(pipe, method) as attached:
+                latents = pipe(
                     prompt=prompts, height=height, width=width, num_inference_steps=steps, latents=latents,
-                    generator=generator, callback_on_step_end=after, output_type="np", **call,
+                    generator=generator, callback_on_step_end=after, output_type="latent", **call,
                 ).frames  # fmt: skip
-    large = finite(large, pipe)
+        large = finite(decode(pipe, latents, tiling), pipe)
     kept.clear()
     return Upscaled(large, video, attached.report)
 
@@ -257,21 +259,6 @@ def _prompts_and_video(pipe: Any, given: Any, prompt: Any) -> tuple[list[str], n
     return prompts, video
 
 
-def _encode(pipe: Any, video: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Latents of the enlarged video, normalised as the denoiser knows them; the encoder's most likely ones."""
-    vae, device = pipe.vae, pipe._execution_device
-    statistics = [torch.tensor(values, device=device).view(1, -1, 1, 1, 1).float() for values in
-                  (vae.config.latents_mean, vae.config.latents_std)]  # fmt: skip
-    latents = []
-    for clip in video:  # one at a time: the encoder takes more memory than anything else here
-        frames = torch.from_numpy(clip).permute(0, 3, 1, 2)
-        large = F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
-        pixels = (large * 2 - 1).permute(1, 0, 2, 3)[None].to(device, vae.dtype)
-        latents.append(vae.encode(pixels).latent_dist.mode().float())
-    mean, std = statistics
-    return (torch.cat(latents) - mean) / std
-
-
 def _noised(latents: torch.Tensor, late: Any, steps: int, generator: Any) -> torch.Tensor:
     """Latents with the noise of the first step that `late` offers."""
     from diffusers.utils.torch_utils import randn_tensor
@@ -298,16 +285,6 @@ def _scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = before
-
-
-@contextlib.contextmanager
-def _tiled(vae: Any, tiling: bool) -> Iterator[None]:
-    before = vae.use_tiling
-    vae.use_tiling = before or tiling
-    try:
-        yield
-    finally:
-        vae.use_tiling = before
 
 
 @contextlib.contextmanager

@@ -213,15 +213,17 @@ def test_gradient_checkpointing(model: Model):
 
 @EVERY
 def test_compiled_as_one_graph(model: Model):
-    denoiser = model.build()
+    denoiser = model.build(**{name: 1 for name in model.config if name == "num_layers"})  # tracing takes seconds
     dense = run(model, denoiser)
     torch._dynamo.reset()
     attached = attach(denoiser, Neighborhood(window=model.window), strict=True)
     sparse = run(model, denoiser)
+    assert not torch.allclose(sparse, dense, **TOLERANCE)
     compiled = torch.compile(denoiser, fullgraph=True, backend="eager")
     torch.testing.assert_close(run(model, compiled), sparse, **TOLERANCE)
     attached.detach()
-    torch.testing.assert_close(run(model, compiled), dense, **TOLERANCE)
+    if model.cls in ("WanTransformer3DModel", "FluxTransformer2DModel"):  # without and with text in the sequence
+        torch.testing.assert_close(run(model, compiled), dense, **TOLERANCE)
 
 
 @PADDED

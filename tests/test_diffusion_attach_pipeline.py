@@ -29,10 +29,7 @@ LOCAL = Neighborhood(window=(2, 3, 3))
 WAN = MODELS["WanTransformer3DModel"]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture
@@ -183,6 +180,7 @@ def test_unannounced_guidance_call_is_refused(wan):
 
 def test_compiled_pipeline_follows_the_schedule():
     pipe = pipeline()
+    pipe.transformer = WAN.build(num_layers=1)  # tracing takes seconds
     torch._dynamo.reset()
     with attach(pipe, LOCAL, dense_steps=2, strict=True):
         eager = generate(pipe)
@@ -190,7 +188,7 @@ def test_compiled_pipeline_follows_the_schedule():
     with attach(pipe, LOCAL, dense_steps=2, strict=True) as attached:
         torch.testing.assert_close(generate(pipe), eager, atol=1e-5, rtol=1e-5)
     report = attached.report.denoisers[0]
-    assert report.steps == {"sparse": 2, "dense": 2} and report.calls["sparse"] == 8
+    assert report.steps == {"sparse": 2, "dense": 2} and report.calls["sparse"] == 4
     assert pipe.transformer._orig_mod.__dict__.get("forward") is None
 
 

@@ -55,6 +55,14 @@ def test_the_fit_finds_the_power(power):
     assert "n log n is ** 1.16, n log(frames) ** 1.40" in timings.fits_text(attention(power))
 
 
+def test_the_fit_says_how_the_pairs_grow():
+    rows, window = attention(1.0) + attention(1.0, what="y"), Neighborhood(window=(5, 3, 3))
+    for row in rows[4:]:
+        row["density"] = window.density(tuple(map(int, row["grid"].split("x"))))
+    assert [f["pairs"] for f in timings.fits(rows)] == [2.0, 1.0]
+    assert "pairs ** 2.00" in timings.fits_text(rows) and "pairs ** 1.00" in timings.fits_text(rows)
+
+
 def test_fits_are_per_way_and_frame_size_and_need_two_lengths():
     rows = attention(1.0) + attention(2.0, what="y") + attention(1.0, (1,), "z")
     rows.append(timings.timed("clip", "", (5, 6, 6), "x", None, [1.0], [1.0]))
@@ -191,8 +199,8 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--parts", "speed"], "allowed: clips, growth, overhead, freeswim, wan"),
-        (["--sizes", "9x"], "allowed: 1x, 2x-long"),
+        (["--parts", "speed"], "Allowed: clips, growth, overhead, freeswim, wan"),
+        (["--sizes", "9x"], "Allowed: 1x, 2x-long"),
         (["--device", "cpu", "--parts", "wan"], "where there is a CUDA GPU"),
     ],
 )
@@ -211,6 +219,9 @@ def test_the_rows_that_ship_show_what_is_said_of_them():
     power = {(f["frame"], f["what"]): f for f in timings.fits(rows)}
     trained, thinned = power["6x6", "radial"], power["24x24", "radial, thinned"]
     assert trained["power"] <= trained["n_log_n"] and thinned["power"] <= thinned["n_log_frames"]
+    assert thinned["power"] == pytest.approx(
+        thinned["pairs"], abs=0.03
+    )  # on large frames it is what is kept that grows
 
 
 @pytest.mark.slow

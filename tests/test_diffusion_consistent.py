@@ -26,10 +26,7 @@ CLASSES = ("UNet2DConditionModel", "PixArtTransformer2DModel", "WanTransformer3D
 EVERY = pytest.mark.parametrize("cls", CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def boxes(grid, *corners):

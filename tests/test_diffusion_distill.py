@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 from vision_attn import attach  # noqa: E402
 from vision_attn.diffusion import CLEAR, LinFusion, distill, tiny_image  # noqa: E402
+from vision_attn.shapes import score  # noqa: E402
 
 FEW = ["--images", "16", "--sampling-steps", "1", "--batch", "2", "--every", "2"]
 STAGES = {"clear": ["--radius", "2", "--pooled", "3"], "linfusion": []}
@@ -146,6 +147,14 @@ def test_what_is_refused(models, tmp_path):
     for words, message in cases:
         with pytest.raises(SystemExit, match=message):
             distill.main([*words, "--out", str(tmp_path / "out"), "--radius", "2"])
+
+
+def test_the_pictures_of_a_teacher_show_what_their_captions_say():
+    pictures, texts = distill.stills(np.random.default_rng(0), 8)
+    assert pictures.shape == (8, 3, 48, 48) and -1 <= pictures.min() < -0.5 and 0.5 < pictures.max() <= 1
+    for picture, text in zip(pictures, texts, strict=True):
+        found = score((picture.permute(1, 2, 0)[None].numpy() + 1) / 2, text)
+        assert found["color"] == found["shape"] == 1, text
 
 
 def test_a_teacher_is_a_pipeline(tmp_path):

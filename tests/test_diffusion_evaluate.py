@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from vision_attn import attach  # noqa: E402
-from vision_attn.diffusion import clips, drawing, evaluate, measures, results  # noqa: E402
+from vision_attn.diffusion import clips, distill, drawing, evaluate, lora, measures, results, trained  # noqa: E402
 from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, RandomBlocks, Row, rows  # noqa: E402
 from vision_attn.diffusion.loading import BUILT_IN, load  # noqa: E402
 from vision_attn.kernels.patterns import Neighborhood, Radial  # noqa: E402
@@ -111,7 +111,7 @@ def test_every_method_for_video_has_a_row():
 
     shown = {row.to_dict()["method"].get("method") for size in SIZES.values() for row in rows(size) if row.method}
     shown |= {"ir-diffusion"} & {row.name.lower() for row in rows(SIZES["still"])}
-    assert set(_FILES) - {"linfusion"} <= shown, "LinFusion is for U-Nets"
+    assert set(_FILES) <= shown
 
 
 def test_captions_stay_the_same_when_there_are_more():
@@ -126,7 +126,7 @@ def test_every_row_goes_into_the_built_in_model_and_out_again():
     pipe = load(device="cpu").pipe
     for size in SIZES.values():
         for row in rows(size):
-            if row.method is not None:
+            if row.method is not None and size.name != "unet":
                 attach(pipe, row.method).detach()
     assert not hasattr(pipe.transformer, "_diffusers_hook")
 
@@ -307,6 +307,44 @@ def test_every_way_draws_a_clip_of_its_size(tmp_path, name, row):
         small = cache.video(SIZES["1x"], Row(PLAIN), 0, 0).astype(float)
         large = cache.video(size, one, 0, 0).reshape(17, 48, 2, 48, 2, 3).mean((2, 4))
         assert np.abs(large - small)[:, 1:-1, 1:-1].mean() < 4
+
+
+QUICK = {
+    "flux": "distill teacher flux --steps 1 --vae-steps 1 --batch 2",
+    "unet": "distill teacher unet --steps 1 --vae-steps 1 --batch 2",
+    "clear": "distill clear {flux} --radius 2 --pooled 3 --steps 1 --batch 2 --images 16 --sampling-steps 1",
+    "linfusion": "distill linfusion {unet} --steps 1 --batch 2 --images 16 --sampling-steps 1",
+}
+
+
+@pytest.mark.parametrize("name", ["flux", "unet"])
+def test_image_models_and_their_layers_are_trained_once(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(trained, "COMMANDS", trained.COMMANDS | QUICK)
+    cache, size = clips.Cache(tmp_path, BUILT_IN, 1), SIZES[name]
+    mine, artist = rows(size), drawing.Artist(cache, BUILT_IN)
+    for row in mine:
+        artist.draw(size, row, 0, 0)
+        assert cache.video(size, row, 0, 0).shape == (1, 48, 48, 3)
+    own, calls = [artist._trained(row) for row in mine[1:]], []
+    assert [method.to_dict().get("weights") is not None for _, method in own] == [False, False, True]
+    assert cache.record(size, mine[1], 0, 0)["density"] == 1.0 and len(artist._pipes) == 1
+    monkeypatch.setattr(distill, "main", calls.append)
+    assert all(trained.folder(tmp_path, stored.split("-")[0]).name == stored for stored in mine[-1].options.values())
+    assert not calls
+
+
+def test_a_row_with_a_lora_draws_with_it(tmp_path):
+    cache, size, plain = clips.Cache(tmp_path, BUILT_IN, 1), SIZES["2x-long"], load(device="cpu").pipe
+    for layer in lora.add_lora(plain.transformer, rank=1):
+        torch.nn.init.constant_(layer.default.weight, 0.3)
+    lora.save_lora(plain, tmp_path / "trained" / trained.key("lora"))
+    (tmp_path / "trained" / trained.key("lora") / "done").touch()
+    by_name, artist = {row.name: row for row in rows(size)}, drawing.Artist(cache, BUILT_IN)
+    drawn = []
+    for name in ("radial", "radial, with a LoRA", "radial"):
+        artist.draw(size, by_name[name], 0, 0)
+        drawn.append(cache.video(size, by_name[name], 0, 0))
+    assert np.array_equal(drawn[0], drawn[2]) and not np.array_equal(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("words, told", [(["--rows", "tea"], "neighborhood"), (["--seeds", "0"], "at least 1")])

@@ -28,10 +28,7 @@ SERVED = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CosmosTransfor
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 # Windows
@@ -170,6 +167,14 @@ def test_the_window_alone():
 
 
 # Cache
+
+
+def test_the_answers_wait_on_the_device_that_was_chosen():
+    denoiser = WAN.build()
+    call = {"hidden_states": noise(1, 4, 3, 8, 10), "timestep": torch.tensor([900])}
+    with attach(denoiser, FreeSwim(base=(2, 3), cache_device="meta")) as attached, denoiser.cache_context("cond"):
+        denoiser(**call, encoder_hidden_states=noise(1, 5, 16, seed=9))
+        assert {hook.stored.device.type for path in attached._paths for hook in path.cross} == {"meta"}
 
 
 @pytest.mark.parametrize("period", [None, 1, 2, 3])

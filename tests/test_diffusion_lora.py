@@ -193,6 +193,12 @@ def test_generate_with_a_lora(trained, tmp_path, capsys):
     assert "holds no LoRA" in capsys.readouterr().err and not list((tmp_path / "none").iterdir())
 
 
+def test_a_lora_that_is_not_there_is_missed_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vision_attn.diffusion.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert main(["generate", "a red circle", "-o", str(tmp_path), "--lora", "nowhere"]) == 1
+    assert "nowhere is neither a safetensors file nor a folder" in capsys.readouterr().err
+
+
 # Training
 
 

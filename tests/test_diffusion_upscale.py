@@ -119,16 +119,17 @@ def test_sizes_that_are_not_square(pipe, clip):
 
 
 def test_tiles(pipe, clip, monkeypatch):
+    options = {"prompt": "a red circle", "steps": 2, "frames": 1}
     decoded = []
-    tiled = pipe.vae.tiled_decode
-    monkeypatch.setattr(pipe.vae, "tiled_decode", lambda *a, **k: decoded.append(1) or tiled(*a, **k))
+    whole = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **k: decoded.append(tuple(z.shape[-2:])) or whole(z, **k))
     monkeypatch.setattr(pipe.vae, "tile_sample_min_height", 16)
     monkeypatch.setattr(pipe.vae, "tile_sample_stride_height", 16)
-    options = {"prompt": "a red circle", "steps": 2, "frames": 1}
-    upscale(pipe, clip[:1], tiling=False, **options)
-    assert not decoded
-    upscale(pipe, clip[:1], **options)
-    assert decoded == [1] and pipe.vae.use_tiling is False
+    untiled = upscale(pipe, clip[:1], tiling=False, **options).frames
+    assert decoded == [(4, 4)]
+    tiled = upscale(pipe, clip[:1], **options).frames
+    assert decoded[1:] == [(2, 4)] * 2 and pipe.vae.use_tiling is False
+    assert np.abs(tiled - untiled).max() > 1e-3
 
 
 def test_image_to_video(pipe, clip):
