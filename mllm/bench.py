@@ -1,20 +1,22 @@
 """How fast a vision-language model is with methods attached: what is measured, next to what FLOPs predict.
 
-One `generate` call gives all times: a clock around the vision tower, one around the text model reading the prompt (with
-what chooses tokens), and one reading after each new token. All ways take turns in every round. On a CPU with one thread
-times are CPU time, which others on the machine disturb least.
+Reading a prompt: a clock around the vision tower and one around the text model (with what chooses tokens) in a
+`generate` call; all ways take turns in every round. New tokens: copies of the model, one for each way and all of the
+same weights, generate side by side, each one token and then the next, so that what else the machine does falls on all
+alike. On a CPU with one thread times are CPU time, which others on the machine disturb least.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import functools
 import io
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from vision_attn.mllm.attachment import attach
 from vision_attn.mllm.families import family_of
 from vision_attn.mllm.method import Method
 
-RESULTS = Path(__file__).parent / "results" / "bench.csv"
 COLUMNS = (
     "date", "what", "options", "batch", "prompt", "visual", "kept", "vision_ms", "prefill_ms", "first_ms", "token_ms",
     "prefill_speedup", "prefill_speedup_min", "prefill_speedup_max", "flops_speedup", "first_speedup", "token_ratio",
@@ -33,6 +34,12 @@ COLUMNS = (
 )  # fmt: skip
 Row = dict[str, Any]
 Ways = dict[str, tuple[Method, ...]]
+# Options with which methods have something to do in a model of random weights, and time is theirs alone.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pai": {"alpha": 0.5, "gamma": 1.0},
+    "paint": {"gamma": 1.0},
+    "var": {"dims": (3, 4, 5, 6), "tau": 1.5},
+}
 
 
 def scaled_llava(layers: int = 12, width: int = 512, seed: int = 0) -> Any:
@@ -66,7 +73,7 @@ def prompt(model: Any, batch: int = 1, words: int = 64, seed: int = 0) -> dict[s
 
 
 class Clock:
-    """Times of one `generate` call: the tower, the text model reading the prompt, and every new token."""
+    """Times of one `generate` call: the tower, the text model reading the prompt, and the first token."""
 
     def __init__(self, model: Any) -> None:
         self.model, family = model, family_of(model)
@@ -75,17 +82,18 @@ class Clock:
 
     def __call__(self, new_tokens: int, **inputs: Any) -> dict[str, float]:
         seconds, started, stamps = dict.fromkeys(self.parts, 0.0), {}, []
+        now = functools.partial(_now, self.model)
 
         def enter(part: str, *_: Any) -> None:
-            started[part] = self._now()
+            started[part] = now()
 
         def leave(part: str, *_: Any) -> None:
             if not stamps:
-                seconds[part] += self._now() - started[part]
+                seconds[part] += now() - started[part]
 
         def token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            stamps.append(self._now())
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            stamps.append(now())
+            return _go_on(ids)
 
         with contextlib.ExitStack() as stack:
             for name, module in self.parts.items():
@@ -94,22 +102,79 @@ class Clock:
                 after = module.register_forward_hook(functools.partial(leave, name))
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            start = self._now()
-            self.model.generate(
-                **inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
-                stopping_criteria=[token],
-            )  # fmt: skip
-        found = {**seconds, "first": stamps[0] - start}
-        if new_tokens > 1:
-            found["token"] = (stamps[-1] - stamps[0]) / (new_tokens - 1)
-        return found
+            start = now()
+            _generate(self.model, inputs, new_tokens, token)
+        return {**seconds, "first": stamps[0] - start}
 
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif torch.get_num_threads() == 1:
-            return time.process_time()
-        return time.perf_counter()
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def _go_on(ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def _generate(
+    model: Any, inputs: dict[str, torch.Tensor], tokens: int, after_token: Callable[..., torch.Tensor]
+) -> None:
+    given = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+    model.generate(**inputs, **given, stopping_criteria=[after_token])
+
+
+def side_by_side(model: Any, inputs: dict[str, torch.Tensor], ways: Ways, tokens: int) -> dict[str, list[float]]:
+    """Seconds of each of `tokens` tokens after the first, for every way.
+
+    Each way has a copy of the model with the same weights, and a thread, of which one at a time runs, up to its next
+    token; who begins changes from token to token.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    turns = {name: threading.Semaphore(0) for name in ways}
+    made, failed, threads = threading.Semaphore(0), [], torch.get_num_threads()
+
+    def run(name: str, own: Any) -> None:
+        start = 0.0
+
+        def token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            nonlocal start
+            seconds[name].append(_now(own) - start)
+            made.release()
+            turns[name].acquire()
+            if failed:
+                raise failed[0]
+            start = _now(own)
+            return _go_on(ids)
+
+        turns[name].acquire()
+        try:
+            if not failed:
+                torch.set_num_threads(threads)
+                with torch.no_grad(), attach(own, *ways[name]) if ways[name] else contextlib.nullcontext():
+                    _generate(own, inputs, tokens + 1, token)
+        except BaseException as error:
+            failed.append(error)
+        made.release()
+
+    weights = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    running = [threading.Thread(target=run, args=(name, copy.deepcopy(model, dict(weights)))) for name in ways]
+    for thread in running:
+        thread.start()
+    names = list(ways)
+    for step in range(tokens + 1):
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            if not failed:
+                turns[name].release()
+                made.acquire()
+    for name, thread in zip(names, running, strict=True):
+        turns[name].release()
+        thread.join()
+    if failed:
+        raise failed[0]
+    return {name: found[1:] for name, found in seconds.items()}
 
 
 def measure(
@@ -123,7 +188,8 @@ def measure(
 ) -> list[Row]:
     """Rows of times of the stock model and of `ways`: name -> methods that are attached together.
 
-    Speed-ups are medians of the ratios to the stock model, round by round. Output lengths are the same for all.
+    Speed-ups are medians of the ratios to the stock model, round by round; of new tokens, each round has
+    `new_tokens - 1` besides the first, and the ratio is the median of theirs. Output lengths are the same for all.
     """
     clock, device = Clock(model), model.device.type
     ways = {"stock": (), **ways}
@@ -142,7 +208,9 @@ def measure(
                         peaks[name] = peak_bytes(lambda: clock(2, **inputs) and None, device)
                         reports[name] = run and run.report.prompts[-1]
                     else:
-                        times[name].append(clock(new_tokens, **inputs))
+                        times[name].append(clock(1, **inputs))
+        tell("new tokens, all ways side by side")
+        tokens = side_by_side(model, inputs, ways, rounds * (new_tokens - 1))
     about = {key: value for key, value in machine(device).items() if key in COLUMNS}
     about |= {"batch": len(inputs["input_ids"]), "prompt": inputs["input_ids"].shape[1]}
     about |= {"new_tokens": new_tokens, "rounds": rounds}
@@ -152,16 +220,18 @@ def measure(
         for part in times[name][0] if times[name] else ():
             row[f"{part}_ms"] = _digits(1e3 * statistics.median(t[part] for t in times[name]))
         pairs = list(zip(times["stock"], times[name], strict=True))
-        for part, key, up in (
-            ("prefill", "prefill_speedup", True),
-            ("first", "first_speedup", True),
-            ("token", "token_ratio", False),
-        ):
-            ratios = [stock[part] / own[part] if up else own[part] / stock[part] for stock, own in pairs if part in own]
-            if ratios:
-                for suffix, value in zip(("", "_min", "_max"), spread(ratios), strict=True):
-                    if key + suffix in COLUMNS:
-                        row[key + suffix] = _digits(value)
+        ratios = {
+            "prefill_speedup": [stock["prefill"] / own["prefill"] for stock, own in pairs],
+            "first_speedup": [stock["first"] / own["first"] for stock, own in pairs],
+        }
+        each = [own / stock for stock, own in zip(tokens["stock"], tokens[name], strict=True)]
+        cuts = range(0, len(each), new_tokens - 1)
+        ratios["token_ratio"] = [statistics.median(each[start : start + new_tokens - 1]) for start in cuts]
+        row["token_ms"] = _digits(1e3 * statistics.median(tokens[name]))
+        for key, values in ratios.items():
+            for suffix, value in zip(("", "_min", "_max"), spread(values), strict=True):
+                if key + suffix in COLUMNS:
+                    row[key + suffix] = _digits(value)
         read = reports[name]
         if read is not None:
             row |= {"visual": sum(read.visual), "kept": sum(read.kept)}

@@ -61,6 +61,11 @@ class Branch:
                     ids, next_sequence_length=count, is_first_iteration=count > 1, **self.given
                 )
             out = model(**inputs, return_dict=True)
+            read = self.engine.current
+        if self.ids is None and self.engine.current is not None:
+            whole = self.cache.get_seq_length()  # of what no method drops tokens from
+            layers = [whole] * self.engine.count if read is None else list(map(len, read.tokens))
+            self.engine.read_besides(len(ids), layers, noted=True)
         for name in ("mm_encoder_outputs", "inputs_embeds"):  # they are in the cache now
             self.given.pop(name, None)
         self.ids = ids.clone()

@@ -67,6 +67,25 @@ class Contrast(Method):
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class WordContrast(Contrast):
+    """Chooses the next token by `gamma (c - u) + u`, of log-probabilities with the image, `c`, and of the words alone,
+    `u`. Subclasses have a field `gamma`; 1 makes no second branch."""
+
+    least: ClassVar[float] = 0.1  # words less probable than this share of the best one are never said
+
+    @property
+    def contrasts(self) -> bool:
+        return self.gamma != 1
+
+    def other(self, reading: Reading) -> Reading:
+        return reading.without_images()
+
+    def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        with_image, without = z.log_softmax(-1), step.other.log_softmax(-1)
+        return cut(self.gamma * (with_image - without) + without, with_image, self.least)
+
+
 def cut(final: torch.Tensor, z: torch.Tensor, beta: float) -> torch.Tensor:
     """`final` where `z` is at least `beta` times as probable as its best token; the others are out of reach.
 
@@ -87,12 +106,3 @@ def contrast(z: torch.Tensor, other: torch.Tensor, alpha: float, beta: float) ->
     [2.0, 2.0]
     """
     return cut((1 + alpha) * z - alpha * other, z, beta)
-
-
-def check_contrast(name: str, beta: float, **weights: float) -> None:
-    """Raise for a `beta` outside of 0 to 1, or a weight that is negative or no number."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
-        raise ValueError(f"{name}(beta={beta!r}): beta is a share of the best token's probability, 0 (no cut) to 1")
-    for field, value in weights.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}({field}={value!r}): {field} is a finite number of at least 0")

@@ -49,6 +49,7 @@ class Prompt:
         real: bool `[batch, length]`, what is no padding.
         ids: long `[batch, length]`; None where the prompt came as embeddings.
         stored: layer -> bool `[batch, kv_heads, n]`, which of `tokens` its shortened cache holds.
+        other_flops: of passes over the prompt besides the one that its cache comes from.
         remade: features were changed where tokens were dropped.
         later: tokens after the prompt in the cache, those of the running call included.
         notes: id of a method -> what it keeps as long as the prompt lives; and what is kept for all of them, by name.
@@ -66,6 +67,7 @@ class Prompt:
     real: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     stored: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    other_flops: float = 0.0
     remade: bool = False
     later: int = 0
     notes: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -299,11 +301,24 @@ class Engine:
                 padded=1 - last.valid.float().mean().item(),
                 flops=rows * prefill_flops(self.config, [len(tokens) for tokens in prompt.tokens]),
                 stock_flops=rows * prefill_flops(self.config, [prompt.length] * self.count),
+                other_flops=prompt.other_flops,
                 cache=0 if cache is None else cache_bytes(cache),
                 stock_cache=0 if cache is None else rows * kv_bytes(self.config, prompt.length, self.entered.dtype),
                 select_seconds=prompt.seconds,
             )
         )
+
+    def read_besides(self, rows: int, tokens: list[int], noted: bool = False) -> None:
+        """Count another pass over the current prompt, of so many rows, and tokens in each layer.
+
+        Args:
+            noted: the prompt was read, and is in the report.
+        """
+        flops = rows * prefill_flops(self.config, tokens)
+        if noted:
+            self.reads[-1] = dataclasses.replace(self.reads[-1], other_flops=self.reads[-1].other_flops + flops)
+        else:
+            self.current.other_flops += flops
 
     def _numbers(self, valid: torch.Tensor) -> torch.Tensor:
         """Positions counted from the first real token of each row."""

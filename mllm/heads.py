@@ -77,7 +77,11 @@ class Gains:
         finally:
             for handle in handles:
                 handle.remove()
-        self.at = self.layers[0]
+        self.at, count = self.layers[0], len(self.decoder.layers)
+        self.engine.read_besides(len(index), [len(tokens)] * count)
+        if self.method.lockstep:  # the layers with gains once more
+            again = range(self.at, self.layers[-1] + 1)
+            self.engine.read_besides(len(index), [len(tokens) * (number in again) for number in range(count)])
 
     def _note_call(self, number: int) -> Callable[..., None]:
         def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -114,8 +114,7 @@ def load(model: str | Path = BUILT_IN[0], *, device: str = "auto", dtype: str | 
     ('LlavaForConditionalGeneration', 759072)
     """
     place = resolve_device(device)
-    source, folder = _locate(model)
-    name = check_config(source, _read_config(source, folder))
+    source, folder, name = inspect_model(model)
     if folder is not None:
         _refuse_pickles(folder)
     number = resolve_dtype(dtype, place, built_in=folder is not None and folder.parent == WEIGHTS)
@@ -133,6 +132,16 @@ def load(model: str | Path = BUILT_IN[0], *, device: str = "auto", dtype: str | 
     if not hasattr(processor, "tokenizer"):
         raise LoadError(f"{source} has no processor of pictures and text, only {type(processor).__name__}. {_ACCEPTED}")
     return Loaded(loaded.eval().to(place), processor, source)
+
+
+def inspect_model(model: str | Path = BUILT_IN[0]) -> tuple[str, Path | None, str]:
+    """The name to load, the folder if it is a local one, and the class of the model, without reading its weights.
+
+    Raises:
+        LoadError: see `load`.
+    """
+    source, folder = _locate(model)
+    return source, folder, check_config(source, _read_config(source, folder))
 
 
 def check_config(source: str, config: dict[str, Any]) -> str:

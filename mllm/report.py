@@ -79,6 +79,8 @@ class Read:
         padded: share of the last layer's columns that are padding.
         flops, stock_flops: of the text model for the whole batch by `prefill_flops`, padding included, with and without
             dropping.
+        other_flops: of other passes over the prompt that methods ask for: second branches, the words alone, looking
+            ahead.
         cache, stock_cache: bytes that the cache holds after the prompt, and what a dynamic one would without dropping.
         select_seconds: host time spent on choosing tokens.
     """
@@ -91,6 +93,7 @@ class Read:
     padded: float
     flops: float
     stock_flops: float
+    other_flops: float
     cache: int
     stock_cache: int
     select_seconds: float
@@ -124,6 +127,7 @@ class Report:
             return "\n".join([*lines, "  no prompt with an image was read yet"])
         visual, kept = (sum(sum(getattr(p, name)) for p in self.prompts) for name in ("visual", "kept"))
         flops, stock = (sum(getattr(p, name) for p in self.prompts) for name in ("flops", "stock_flops"))
+        other = sum(p.other_flops for p in self.prompts)
         cache, full = (sum(getattr(p, name) for p in self.prompts) for name in ("cache", "stock_cache"))
         last = self.prompts[-1]
         lines += [
@@ -132,6 +136,9 @@ class Report:
             f"  layers    {_layers(last.tokens)} tokens of the last prompt, {last.length} long",
             f"  prefill   {flops / 1e9:.3g} of {stock / 1e9:.3g} GFLOP by formula ({flops / stock:.1%}), no tower",
         ]
+        if other:
+            both = f"{(flops + other) / stock:.1%} with the above"
+            lines.append(f"  and more  {other / 1e9:.3g} GFLOP, for reading the prompt in other ways too ({both})")
         if cache:
             lines.append(f"  cache     {cache / 2**20:.3g} of {full / 2**20:.3g} MiB after the prompt")
         if last.padded:

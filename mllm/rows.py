@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vision_attn.mllm.tokens import take
+
+
+def row_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 `[batch, heads, rows, keys]`, without repeating the keys of grouped heads."""
+    batch, heads, rows, width = q.shape
+    q, k = q.reshape(batch * k.shape[1], -1, width), k.flatten(0, 1)
+    if q.dtype != torch.float32:
+        q, k = q.float(), k.float()
+    return torch.bmm(q * scale, k.mT).view(batch, heads, rows, -1)
+
+
+def row_values(w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`[batch, heads, rows, head_dim]` in the type of the values, from float32 weights `[batch, heads, rows, keys]`."""
+    batch, heads, rows, keys = w.shape
+    w = w.reshape(batch * v.shape[1], -1, keys)
+    return torch.bmm(w if w.dtype == v.dtype else w.to(v.dtype), v.flatten(0, 1)).view(batch, heads, rows, -1)
+
+
+def hide(s: torch.Tensor, mask: Any, queries: int) -> torch.Tensor:
+    """Scores `[batch, heads, rows, keys]` of the last rows of so many queries, with the mask that attention gets.
+
+    No mask means causal while a prompt is read, where a static cache has more keys than there are queries, and that all
+    is seen by a single query.
+    """
+    count, keys = s.shape[2:]
+    if mask is None or mask.ndim == 2:
+        if queries > 1:
+            place = torch.arange(keys, device=s.device)
+            s = s.masked_fill(place > place[queries - count : queries, None], -torch.inf)
+        return s if mask is None else s.masked_fill(~mask[:, None, None, :keys].bool(), -torch.inf)
+    mask = mask[:, :, queries - count : queries, :keys]
+    return s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
 
 
 def row_weights(
@@ -26,10 +60,8 @@ def row_weights(
         real: bool `[batch, queries]` where queries and keys are the same tokens: what is no padding.
     """
     picked = q[:, :, rows] if isinstance(rows, slice) else take(q, rows, 2)
-    grouped = picked.float().unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("bkgrd,bknd->bkgrn", grouped, k.float()).flatten(1, 2) * scale
     seen = visible(q, k, mask, rows, real)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    return row_scores(picked, k, scale).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
 
 
 def visible(

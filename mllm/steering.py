@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from vision_attn.mllm.around import token_columns
 from vision_attn.mllm.interface import Compute, listen, switch
 from vision_attn.mllm.method import Method
+from vision_attn.mllm.rows import hide, row_scores, row_values
 from vision_attn.mllm.tokens import Tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Rows:
     """Some last rows of one call of one attention layer.
 
@@ -30,8 +31,8 @@ class Rows:
         layers: how many the text model has.
         prompt: what is known of the prompt.
         reading: it is being read; otherwise what follows it.
-        tokens: of the prompt, those among the keys, which they begin with but where a sliding window has passed them.
-        keys: how many there are.
+        tokens: those of the prompt, which the keys begin with but where a sliding window has passed some.
+        gone: how many of these have left a sliding window.
         heads: query heads.
         edited: bool `[batch, 1, rows, 1]`: the rows that the method edits. What it makes of others is thrown away.
         notes: the method's own, as long as the prompt lives.
@@ -42,50 +43,43 @@ class Rows:
     prompt: Any
     reading: bool
     tokens: Tokens
-    keys: int
+    gone: int
     heads: int
     edited: torch.Tensor
     notes: dict[Any, Any]
 
-    def at_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, 1 or heads, 1, keys]` from `[batch, length]` over the columns of the prompt; 0 at other keys. And
-        `[batch, 1 or heads, keys, n]` from `[batch, length, n]`.
+    def of_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of `[batch, heads, rows, keys]` over the `n` keys of the prompt, `[groups, heads * rows, n]` or one
+        head in each group where heads hold different tokens. A view, so that a method can write there."""
+        shape, n = self._of_prompt
+        return x.view(*shape, x.shape[-1]).narrow(-1, 0, n - self.gone)
 
-        Made once per `x` and tokens, with zeros added as the cache grows.
-        """
-        made, n = self.prompt.notes.setdefault("at keys", {}), self.tokens.column.shape[-1]
-        gone = n + (0 if self.reading else self.prompt.later) - self.keys  # from a sliding window
-        key = id(self.tokens), id(x)
+    @functools.cached_property
+    def _of_prompt(self) -> tuple[tuple[int, int], int]:
+        batch, rows, column = *self.edited.shape[::2], self.tokens.column
+        return ((batch * self.heads, rows) if column.ndim == 3 else (batch, self.heads * rows)), column.shape[-1]
+
+    def at_prompt(self, x: torch.Tensor, flip: bool = False) -> torch.Tensor:
+        """`[groups, m, n]` as in `of_prompt` from `[batch, m, length]` over the columns of the prompt, 0 at padding; or
+        `[groups, n, m]`. Made once per `x` and tokens, not once per token that follows."""
+        made, key = self.prompt.notes.setdefault("at prompt", {}), (id(self.tokens), id(x), flip)
         if key not in made:
-            padded = torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
             columns = token_columns(self.tokens)
-            batch = torch.arange(len(x), device=x.device)[:, None, None]
-            found = padded[batch, columns.masked_fill(columns < 0, x.shape[1])]
-            if found.shape[1] > 1:
-                found = found.repeat_interleave(self.heads // found.shape[1], 1)
-            found = found[:, :, None] if x.ndim == 2 else found
-            made[key] = [self.tokens, x, found, n, found]  # the first two so that no other gets their id
-        *_, settled, width, last = made[key]
-        if gone <= 0 and width == self.keys:  # as in another layer of this call
-            return last
-        dim = 3 if x.ndim == 2 else 2
-        if gone > 0:
-            settled = settled.narrow(dim, min(gone, n), max(n - gone, 0))
-        more = self.keys - settled.shape[dim]
-        out = F.pad(settled, (0, more) if dim == 3 else (0, 0, 0, more))
-        if gone <= 0:
-            made[key][3:] = [self.keys, out]
-        return out
+            if self.tokens.column.ndim == 3:
+                columns = columns.repeat_interleave(self.heads // columns.shape[1], 1)
+            index = columns.masked_fill(columns < 0, x.shape[-1])[:, :, None].expand(-1, -1, x.shape[1], -1)
+            padded = F.pad(x, (0, 1))[:, None].expand(-1, index.shape[1], -1, -1)
+            found = padded.gather(-1, index).flatten(0, 1)
+            made[key] = self.tokens, x, found.mT if flip else found  # the first two so that no other gets their id
+        found = made[key][-1]
+        return (found[:, self.gone :] if flip else found[..., self.gone :]) if self.gone else found
 
     @property
     def image(self) -> torch.Tensor:
-        """Bool `[batch, 1 or heads, 1, keys]`: the visual keys."""
-        return self.at_keys(self.prompt.asked)
-
-    @property
-    def question(self) -> torch.Tensor:
-        """Bool `[batch, 1 or heads, 1, keys]`: the words of the prompt after its last image."""
-        return self.at_keys(question(self.prompt))
+        """Bool `[groups, 1, n]`: which keys of the prompt are visual."""
+        if "image" not in self.prompt.notes:
+            self.prompt.notes["image"] = self.prompt.asked[:, None]
+        return self.at_prompt(self.prompt.notes["image"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +111,18 @@ class RowEdit(Method):
     def foresee(self, rows: Rows, w: torch.Tensor) -> None:
         """Look at the weights of such a layer."""
 
+    def acts(self, layer: int, layers: int, notes: dict[Any, Any]) -> bool:
+        """In this layer, of so many, it changes rows of what follows the prompt."""
+        return True
+
     def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
-        """New scaled scores from those, float32 `[batch, heads, rows, keys]`; what is not seen is masked afterwards."""
+        """New scaled scores from those, float32 `[batch, heads, rows, keys]`, or the same changed in place; what is not
+        seen is masked afterwards."""
         return s
 
     def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
-        """New weights from those after the softmax, float32 `[batch, heads, rows, keys]`, 0 where nothing is seen."""
+        """New weights from those after the softmax, float32 `[batch, heads, rows, keys]`, 0 where nothing is seen; or
+        the same changed in place."""
         return w
 
 
@@ -149,11 +149,9 @@ def edit_rows(engine: Any, methods: list[RowEdit], undo: list[Callable[[], None]
         method.install(engine, undo)
     layers = engine.model.get_decoder().layers
     for number, layer in enumerate(layers):
-        group = [method for method in methods if number in method.where(len(layers))]
-        if not group:
-            continue
-        wholes = [method.whole(number, len(layers)) for method in group]
-        undo.append(listen(layer.self_attn, functools.partial(_edit, engine, number, group, wholes)))
+        group = [(m, m.whole(number, len(layers))) for m in methods if number in m.where(len(layers))]
+        if group:
+            undo.append(listen(layer.self_attn, functools.partial(_edit, engine, number, group)))
 
 
 def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> None:
@@ -170,7 +168,7 @@ def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> 
         for method, numbers in wanted.items():
             if number in numbers:
                 notes = prompt.notes.setdefault(id(method), {})
-                rows = Rows(number, len(layers), prompt, True, prompt.read, n, q.shape[1], asking[:, None], notes)
+                rows = Rows(number, len(layers), prompt, True, prompt.read, 0, q.shape[1], asking[:, None], notes)
                 method.foresee(rows, w)
         if number == last:
             raise _Enough
@@ -184,6 +182,7 @@ def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> 
             undo.append(listen(layers[number].self_attn, functools.partial(look, number)))
         with unseen(engine), contextlib.suppress(_Enough):
             engine.text(**{**kwargs, "past_key_values": None, "use_cache": False, "attention_mask": shorter})
+        engine.read_besides(len(prompt.asked), [n if number <= last else 0 for number in range(len(layers))])
     finally:
         for each in undo:
             each()
@@ -206,45 +205,85 @@ def unseen(engine: Any) -> Iterator[None]:
 
 
 def _edit(
-    engine: Any, layer: int, methods: list[RowEdit], wholes: list[bool],
+    engine: Any, layer: int, methods: list[tuple[RowEdit, bool]],
     module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, compute: Compute,
 ) -> torch.Tensor:  # fmt: skip
-    prompt = engine.current
+    prompt, queries = engine.current, q.shape[2]
     if prompt is None or engine.branching or not any(prompt.visual):
         return compute(q, k, v, mask)
-    reading, queries, pictured = engine.reading, q.shape[2], all(prompt.visual)
-    count = queries
-    if reading:
-        count = 1
-        if any(wholes):
-            count, asking = _asking(prompt, prompt.tokens[layer])
-    one, last = prompt.notes.setdefault("edited", {}), (reading, count)
-    if last not in one:  # the last row, or all rows of a later call, of samples with an image
-        pictures = torch.tensor(prompt.visual, device=q.device) > 0
-        place = torch.arange(count, device=q.device)
-        one[last] = (pictures[:, None] & (place >= (count - 1 if reading else 0)))[:, None, :, None]
-    edited = [one[last] | asking[:, None] if whole and reading else one[last] for whole in wholes]
-    tokens, keys, heads = prompt.tokens[layer] if reading else prompt.cached[layer], k.shape[2], q.shape[1]
-    rows = [
-        Rows(layer, engine.count, prompt, reading, tokens, keys, heads, own, prompt.notes.setdefault(id(method), {}))
-        for method, own in zip(methods, edited, strict=True)
-    ]
-    every = count == 1 and pictured
-    s = row_scores(q[:, :, queries - count :], k, scale)
-    for method, own in zip(methods, rows, strict=True):
-        s = _put(own, every, s, method.scores(own, s))
-    w = hide(s, mask, queries).softmax(-1)
+    plan = _plan(engine, layer, methods, q, k)
+    if not plan.rows:
+        return compute(q, k, v, mask)
+    count = plan.count
+    s = row_scores(q if count == queries else q[:, :, queries - count :], k, scale)
+    w = hide(plan.changed(plan.scores, s), mask, queries).softmax(-1)
     if count > 1:
         w = w.nan_to_num()  # rows of padding see nothing
-    for method, own in zip(methods, rows, strict=True):
-        w = _put(own, every, w, method.weights(own, w))
-    new = row_values(w.to(v.dtype), v).transpose(1, 2)
-    if every and queries == 1:
+    new = row_values(plan.changed(plan.weights, w), v).transpose(1, 2)
+    if plan.every and count == queries:
         return new
     out = compute(q, k, v, mask)
     old = out[:, queries - count :]
-    keep = functools.reduce(torch.logical_or, edited).transpose(1, 2)
+    keep = functools.reduce(torch.logical_or, (rows.edited for rows in plan.rows)).transpose(1, 2)
     return torch.cat([out[:, : queries - count], torch.where(keep, new.to(out.dtype), old)], 1)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What is done in one call of a layer: to how many last rows, whether all of them are edited, and by what."""
+
+    count: int
+    every: bool
+    rows: list[Rows]
+    scores: list[tuple[Callable[[Rows, torch.Tensor], torch.Tensor], Rows]]
+    weights: list[tuple[Callable[[Rows, torch.Tensor], torch.Tensor], Rows]]
+
+    def changed(self, steps: list[tuple[Callable[[Rows, torch.Tensor], torch.Tensor], Rows]], x: torch.Tensor) -> Any:
+        for step, rows in steps:
+            x = step(rows, x) if self.every else torch.where(rows.edited, step(rows, x.clone()), x)
+        return x
+
+
+def _plan(
+    engine: Any, layer: int, methods: list[tuple[RowEdit, bool]], q: torch.Tensor, k: torch.Tensor
+) -> _Plan:  # fmt: skip
+    """The same for all calls after the prompt: what a token costs is mostly the number of small steps."""
+    prompt, reading, count = engine.current, engine.reading, q.shape[2]
+    made = prompt.notes.setdefault("plans", {})
+    if not reading and (layer, count) in made:
+        plan = made[layer, count]
+        for rows in plan.rows:
+            rows.gone = _gone(rows.tokens, prompt.later, k.shape[2])
+        return plan
+    own = [(method, whole, prompt.notes.setdefault(id(method), {})) for method, whole in methods]
+    tokens, asking = (prompt.tokens if reading else prompt.cached)[layer], None
+    if reading:
+        count = 1
+        if any(whole for _, whole in methods):
+            count, asking = _asking(prompt, tokens)
+    else:
+        own = [each for each in own if each[0].acts(layer, engine.count, each[-1])]
+    pictures = torch.tensor(prompt.visual, device=q.device) > 0
+    place = torch.arange(count, device=q.device)
+    last = (pictures[:, None] & (place >= (count - 1 if reading else 0)))[:, None, :, None]
+    group, gone = [], _gone(tokens, 0 if reading else prompt.later, k.shape[2])
+    for method, whole, notes in own:
+        edited = last | asking[:, None] if whole and reading else last
+        rows = Rows(layer, engine.count, prompt, reading, tokens, gone, q.shape[1], edited, notes)
+        group.append((method, rows))
+    scores, weights = (
+        [(getattr(method, step), rows) for method, rows in group if getattr(type(method), step) is not plain]
+        for step, plain in (("scores", RowEdit.scores), ("weights", RowEdit.weights))
+    )
+    plan = _Plan(count, all(prompt.visual) and (count == 1 or not reading), [r for _, r in group], scores, weights)
+    if not reading:
+        made[layer, count] = plan
+    return plan
+
+
+def _gone(tokens: Tokens, later: int, keys: int) -> int:
+    n = tokens.column.shape[-1]
+    return min(max(n + later - keys, 0), n)
 
 
 def _asking(prompt: Any, tokens: Tokens) -> tuple[int, torch.Tensor]:
@@ -254,43 +293,3 @@ def _asking(prompt: Any, tokens: Tokens) -> tuple[int, torch.Tensor]:
     first = asking.int().argmax(1)[asking.any(1)]
     count = min(len(tokens) - int(first.min()) + 1, len(tokens)) if len(first) else 1
     return count, asking[:, len(tokens) - count :, None]
-
-
-def _put(rows: Rows, every: bool, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    return new if every or new is old else torch.where(rows.edited, new, old)
-
-
-def row_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32 `[batch, heads, rows, keys]`, without repeating the keys of grouped heads."""
-    batch, heads, rows, width = q.shape
-    grouped = (q.float() * scale).reshape(batch, k.shape[1], -1, width)
-    return (grouped @ k.float().mT).view(batch, heads, rows, -1)
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of `[batch, heads, rows, n]` and `[batch, 1 or heads, n, m]`, the second not repeated for the heads."""
-    if b.shape[1] > 1:
-        return a @ b
-    return (a.flatten(1, 2) @ b[:, 0]).unflatten(1, a.shape[1:3])
-
-
-def row_values(w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`[batch, heads, rows, head_dim]`."""
-    batch, heads, rows, keys = w.shape
-    return (w.reshape(batch, v.shape[1], -1, keys) @ v).view(batch, heads, rows, -1)
-
-
-def hide(s: torch.Tensor, mask: Any, queries: int) -> torch.Tensor:
-    """Scores `[batch, heads, rows, keys]` of the last rows of so many queries, with the mask that attention gets.
-
-    No mask means causal while a prompt is read, where a static cache has more keys than there are queries, and that all
-    is seen by a single query.
-    """
-    count, keys = s.shape[2:]
-    if mask is None or mask.ndim == 2:
-        if queries > 1:
-            place = torch.arange(keys, device=s.device)
-            s = s.masked_fill(place > place[queries - count : queries, None], -torch.inf)
-        return s if mask is None else s.masked_fill(~mask[:, None, None, :keys].bool(), -torch.inf)
-    mask = mask[:, :, queries - count : queries, :keys]
-    return s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask

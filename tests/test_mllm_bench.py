@@ -1,8 +1,10 @@
 """`vision-attn bench mllm`: rows and files on a model of a few numbers; and the speeds, where asked for."""
 
 import csv
+import itertools
 import json
 import statistics
+import threading
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 from vision_attn.apps.cli import main  # noqa: E402
-from vision_attn.mllm import FastV, UniformPrune, attach, bench, prefill_flops  # noqa: E402
+from vision_attn.mllm import VAR, FastV, UniformPrune, attach, bench, prefill_flops  # noqa: E402
+from vision_attn.mllm.registry import make  # noqa: E402
 
 QUICK = "bench mllm --layers 3 --width 64 --rounds 2 --new-tokens 3 --threads 1".split()
 
@@ -44,6 +47,19 @@ def test_rows(tmp_path, capsys):
     assert all(row["prefill_ms"] < row["first_ms"] and row["token_ms"] > 0 for row in rows)
     written = list(csv.DictReader(path.open()))
     assert len(written) == 2 * len(rows) and written[0]["what"] == "stock"
+
+
+def test_new_tokens_are_made_in_turn(monkeypatch):
+    """A clock that counts how often it is read: nobody else reads it while a token is made."""
+    reads = itertools.count()
+    monkeypatch.setattr(bench, "_now", lambda model: next(reads))
+    model, before = bench.scaled_llava(4, 64), threading.active_count()
+    ways = {"stock": ()} | {name: (make(name, **bench.SETTINGS.get(name, {})),) for name in ("gift", "pai", "var")}
+    found = bench.side_by_side(model, bench.prompt(model, words=8), ways, 5)
+    assert found == dict.fromkeys(ways, [1] * 5) and next(reads) == 2 * 4 * 6
+    with pytest.raises(ValueError, match="find_sinks"):
+        bench.side_by_side(model, bench.prompt(model, words=8), {**ways, "var": (VAR(),)}, 2)
+    assert threading.active_count() == before
 
 
 def test_what_cannot_be_timed_is_said(tmp_path, capsys):

@@ -24,11 +24,14 @@ from vision_attn.mllm.methods.agla import AGLA, masked_image  # noqa: E402
 from vision_attn.mllm.methods.damro import DAMRO  # noqa: E402
 from vision_attn.mllm.methods.dola import DoLa  # noqa: E402
 from vision_attn.mllm.methods.fastervlm import FasterVLM  # noqa: E402
+from vision_attn.mllm.methods.gift import GIFT  # noqa: E402
 from vision_attn.mllm.methods.icd import ICD  # noqa: E402
 from vision_attn.mllm.methods.m3id import M3ID  # noqa: E402
 from vision_attn.mllm.methods.opera import OperaPenalty  # noqa: E402
 from vision_attn.mllm.methods.pai import PAI  # noqa: E402
 from vision_attn.mllm.methods.vcd import VCD  # noqa: E402
+from vision_attn.mllm.methods.vhr import VHR  # noqa: E402
+from vision_attn.mllm.report import prefill_flops  # noqa: E402
 
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
 WORDS = (7, 41, 20)
@@ -36,10 +39,7 @@ CLOSE = dict(atol=1e-4, rtol=1e-4)
 Prompts = list[dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def rows_of(vlm: VLM) -> list[list[int | str]]:
@@ -335,6 +335,42 @@ def test_no_weight_is_no_change(family: str, method: Any):
     if isinstance(method, M3ID):
         scores, plain = scores.log_softmax(-1), plain.log_softmax(-1)
     torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "methods, passes",
+    [
+        ([VCD()], 2),
+        ([ICD(WORDS)], 2),
+        ([PAI(gamma=1.5)], 2),
+        ([PAI(gamma=1)], 1),
+        ([OperaPenalty(candidates=1), Third(keep=0.5)], 2),
+        ([VCD(), Late()], 2),
+        ([GIFT(saliency=(2,), layers=(1, 2))], 2),
+        ([VHR(text_branch="plain")], 2),
+        ([VHR(), M3ID()], 4),
+    ],
+    ids=lambda x: None if isinstance(x, int) else "-".join(type(method).__name__ for method in x),
+)
+def test_the_report_counts_every_pass(methods: list[Any], passes: int):
+    """The layers of all passes over the prompt, added up one by one; every pass ends in one row of logits."""
+    vlm, calls = VLMS["Llava"], []
+    model, inputs = vlm.build(), vlm.inputs([[3, "image", 4], [5, "image", 2, "image", 3]])
+    config = model.config.get_text_config()
+    head = prefill_flops(config, [0] * 4)
+
+    def watch(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] > 1:  # no token after the prompt
+            calls.append(len(hidden) * (prefill_flops(config, [hidden.shape[1], 0, 0, 0]) - head))
+
+    with attach(model, *methods) as run, contextlib.ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            stack.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
+        model.generate(**inputs, max_new_tokens=2)
+        (read,) = run.report.prompts
+    assert (read.other_flops > 0) == (passes > 1) == ("in other ways" in str(run.report))
+    assert read.flops + read.other_flops == pytest.approx(sum(calls) + 2 * passes * head)
 
 
 @pytest.mark.parametrize("name", ["vcd", "m3id", "icd"])

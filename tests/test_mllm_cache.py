@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, ROWS, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm import caches  # noqa: E402
@@ -19,16 +19,12 @@ from vision_attn.mllm.interface import listen, name_for, switch  # noqa: E402
 from vision_attn.mllm.method import CachePrune  # noqa: E402
 from vision_attn.mllm.methods.streamingheads import head_scores  # noqa: E402
 
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 FAMILIES = pytest.mark.parametrize("family", ["Llava", "Qwen3VL", "Gemma3", "PaliGemma"])
 Edit = Callable[[int, Any], "torch.Tensor | None"]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def gates(model: torch.nn.Module) -> list[list[float]]:

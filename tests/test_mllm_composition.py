@@ -10,20 +10,17 @@ import torch
 
 pytest.importorskip("transformers")
 from test_mllm_steering import (  # noqa: E402
-    ALONE,
     CLOSE,
-    ROWS,
     Maps,
     at_projections,
     by_hand,
     entering,
     gift,
     pai,
-    prompt_of,
     var,
     words_alone,
 )  # fmt: skip
-from vlm_models import IMAGE, PRUNED, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import ALONE, IMAGE, PRUNED, ROWS, VLM, VLMS, generate, prompt_of, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 
@@ -32,10 +29,7 @@ PRUNE = [mllm.UniformPrune(keep=0.7), mllm.FastV(keep=0.7, layer=2)]
 STEER = [mllm.PAI(alpha=0.8, gamma=1), mllm.GIFT(alpha=1.5), mllm.VAR(dims=(3, 9), tau=1.2, rho=0.2, p=0.4, floor=0.05)]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def steered(model: Any, inputs: dict[str, Any], prune: list[Any], **options: Any) -> torch.Tensor:
@@ -170,8 +164,8 @@ def test_per_head_caches():
             if not rows.reading and rows.layer == 2:
                 cached = rows.prompt.cached[2]
                 assert cached.column.ndim == 3
-                wanted = torch.nn.functional.pad(cached.visual, (0, rows.prompt.later))
-                seen.append(torch.equal(rows.image[:, :, 0], wanted.repeat_interleave(2, 1)))
+                assert rows.of_prompt(s).shape == (len(s) * 6, 1, s.shape[-1] - rows.prompt.later)
+                seen.append(torch.equal(rows.image[:, 0], cached.visual.repeat_interleave(2, 1).flatten(0, 1)))
             return super().scores(rows, s)
 
     with mllm.attach(model, mllm.KVPrune(keep=0.5, rows=4, pool=3), Look(alpha=0.8, gamma=1)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, ROWS, VLM, VLMS, generate, prompt_of, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm.attachment import _ATTACHED  # noqa: E402
@@ -20,20 +20,11 @@ from vision_attn.mllm.methods.act import ACT, fit_act  # noqa: E402
 from vision_attn.mllm.methods.paint import PAINT  # noqa: E402
 from vision_attn.mllm.methods.zerotuning import ZeroTuning, answer_entropy, search_gamma  # noqa: E402
 
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
-ALONE = [[3, "image", 4], [5, "image", 2]]  # InstructBLIP wants an image in every row
 CLOSE = dict(atol=2e-4, rtol=2e-4)
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
-
-
-def prompt_of(vlm: VLM) -> dict[str, Any]:
-    return vlm.inputs(ALONE if vlm.name == "InstructBlip" else ROWS)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def with_maps(
@@ -357,7 +348,7 @@ def test_paint_follows_what_was_dropped():
             if layer < 2:
                 return weights
             tokens = run.engine.current.tokens[layer]
-            more = gain.gather(1, tokens.column) * tokens.valid
+            more = gain[:, 0].gather(1, tokens.column) * tokens.valid
             more = torch.nn.functional.pad(more, (0, seen - more.shape[1]))[:, None, None]
             last = scores[:, :, -1:]
             last = torch.where(more > 0, last + more * last.abs(), last)

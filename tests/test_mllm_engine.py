@@ -13,20 +13,16 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, PRUNED, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, PRUNED, ROWS, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, top  # noqa: E402
 
 EVERY = pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,10 +41,7 @@ EVERY = pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
 CLOSE = dict(atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,7 @@ ROW = [[3, "image", 7]]
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def maps(model: Any, inputs: dict[str, Any], hidden: dict[int, list[int]]) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, PATCH, SIDE, VIDEO, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import IMAGE, PATCH, ROWS, SIDE, VIDEO, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm import flow  # noqa: E402
@@ -15,14 +15,10 @@ from vision_attn.mllm.flow import attention_flow, rollout  # noqa: E402
 from vision_attn.mllm.grids import grids, overview  # noqa: E402
 from vision_attn.mllm.maps import Capture, image_entropy, mass, sink_tokens  # noqa: E402
 
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def eager_maps(vlm: VLM, inputs: dict) -> torch.Tensor:

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import PRUNED, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import PRUNED, ROWS, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 PRUNABLE = tuple(vlm.name for vlm in PRUNED)
 CLASS_TOKEN = tuple(vlm.name for vlm in PRUNED if vlm.tower == "cls")
@@ -95,13 +94,17 @@ METHODS: dict[str, Entry] = {
     "var": Entry(lambda vlm: mllm.VAR(dims=(3, 4, 5, 6), tau=1.5, layers=(2, 3))),
 }
 CASES = [(name, family) for name, entry in METHODS.items() for family in entry.families]
-EVERY = pytest.mark.parametrize("name, family", CASES, ids=[f"{name}-{family}" for name, family in CASES])
+# Every second pair by default: each method on half of its families, each family with half of the methods.
+EVERY = pytest.mark.parametrize(
+    "name, family",
+    [
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] if place % 2 else [])
+        for place, case in enumerate(CASES)
+    ],
+)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def made(entry: Entry, vlm: VLM) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import END, IMAGE, PRUNED, START, VIDEO, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import END, IMAGE, PRUNED, ROWS, START, VIDEO, VLM, VLMS, generate, single  # noqa: E402
 
 from vision_attn.mllm import (  # noqa: E402
     PAI,
@@ -26,13 +26,9 @@ from vision_attn.mllm.grids import grids  # noqa: E402
 
 EVERY = pytest.mark.parametrize("vlm", PRUNED, ids=lambda vlm: vlm.name)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def with_pairs(model: Any, inputs: dict[str, Any], change: Any) -> Any:

@@ -11,25 +11,16 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from vlm_models import IMAGE, TEXT, VLM, VLMS, generate, single  # noqa: E402
+from vlm_models import ALONE, IMAGE, ROWS, TEXT, VLM, VLMS, generate, prompt_of, single  # noqa: E402
 
 from vision_attn import mllm  # noqa: E402
 from vision_attn.mllm.interface import listen, switch  # noqa: E402
 
-ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]
-ALONE = [[3, "image", 4], [5, "image", 2]]  # InstructBLIP wants an image in every row
 CLOSE = dict(atol=2e-4, rtol=2e-4)
 EVERY = pytest.mark.parametrize("vlm", VLMS.values(), ids=lambda vlm: vlm.name)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
-
-
-def prompt_of(vlm: VLM) -> dict[str, Any]:
-    return vlm.inputs(ALONE if vlm.name == "InstructBlip" else ROWS)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 class Maps:

@@ -238,6 +238,13 @@ VLMS = {
     )
 }
 PRUNED = [vlm for vlm in VLMS.values() if vlm.name != "InstructBlip"]
+ROWS = [[3, "image", 4], [5, "image", 2, "image", 3], [6]]  # of a ragged batch
+ALONE = [[3, "image", 4], [5, "image", 2]]  # InstructBLIP wants an image in every row
+
+
+def prompt_of(vlm: VLM) -> dict[str, Any]:
+    """The inputs of a ragged batch."""
+    return vlm.inputs(ALONE if vlm.name == "InstructBlip" else ROWS)
 
 
 def single(vlm: VLM, rows: list[list[int | str]], i: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, cut
+from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
 
 Matcher = Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +49,7 @@ class AGLA(Contrast):
     def __post_init__(self) -> None:
         if not callable(self.matcher):
             raise TypeError(f"AGLA(matcher={self.matcher!r}): give a function that masks pixels")
-        check_contrast("AGLA", self.beta, alpha=self.alpha)
+        check_numbers(self, beta=(0, 1), alpha=(0, math.inf))
 
     def other(self, reading: Reading) -> Reading:
         def masked(pixels: torch.Tensor) -> torch.Tensor:

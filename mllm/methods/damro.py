@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from vision_attn.hosts import AttachError
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, contrast
+from vision_attn.mllm.contrast import Contrast, Step, contrast
 from vision_attn.mllm.interface import listen, switch
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading, replace
 from vision_attn.mllm.tokens import take
 from vision_attn.mllm.towers import TowerLayer, attention_modules, has_class_token
@@ -53,7 +55,7 @@ class DAMRO(Contrast):
     name: ClassVar[str] = "damro"
 
     def __post_init__(self) -> None:
-        check_contrast("DAMRO", self.beta, alpha=self.alpha)
+        check_numbers(self, beta=(0, 1), alpha=(0, math.inf))
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"DAMRO(k={self.k!r}): k is a count of patches, at least 1")
         if self.head_reduce not in REDUCE:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, cut
+from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.method import check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DoLa(Contrast):
     text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_contrast("DoLa", self.beta)
+        check_numbers(self, beta=(0, 1))
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers not in ("low", "high") and (isinstance(self.layers, str) or not self.layers):

@@ -11,7 +11,7 @@ import torch
 
 from vision_attn.mllm.around import check_layers
 from vision_attn.mllm.method import check_numbers
-from vision_attn.mllm.steering import RowEdit, Rows, by_column, product, question
+from vision_attn.mllm.steering import RowEdit, Rows, by_column, question
 
 Words = Callable[[torch.Tensor], torch.Tensor]
 
@@ -78,6 +78,9 @@ class GIFT(RowEdit):
     def whole(self, layer: int, layers: int) -> bool:
         return not self.ahead(layers) and layer in self._layers(layers)[0]
 
+    def acts(self, layer: int, layers: int, notes: dict[str, Any]) -> bool:
+        return layer in self._layers(layers)[1]
+
     def ahead(self, layers: int) -> tuple[int, ...]:
         saliency, edited = self._layers(layers)
         return saliency if max(saliency) >= min(edited) else ()
@@ -91,7 +94,8 @@ class GIFT(RowEdit):
             asked = notes["question"]
             notes["rows"] = asked if self.content is None else asked & self.content(ids).to(asked)
         tokens = prompt.tokens[rows.layer]
-        count, image = w.shape[2], rows.image
+        count, image = w.shape[2], rows.image[:, :, None]
+        w = rows.of_prompt(w).unflatten(1, (rows.heads, count))
         counted = notes["rows"].gather(1, tokens.column[:, -count:]) & tokens.valid[:, -count:]
         rises = (w[:, :, 1:] - w[:, :, :-1]).relu() * image * counted[:, None, 1:, None]
         rises = rises.sum(2)  # [batch, heads, keys]
@@ -102,22 +106,24 @@ class GIFT(RowEdit):
         maps.append(by_column(mean, tokens, prompt.length))
         there = by_column(tokens.visual, tokens, prompt.length)
         more = _gain(sum(maps) / len(maps), there, self.alpha) - 1
-        notes["parts"] = torch.stack([prompt.asked.float(), more, notes["question"].float()], -1)
+        image, words = prompt.asked.float(), notes["question"].float()
+        notes["looks"] = torch.stack([image, words, more], 1)
+        notes["changes"] = torch.stack([more, words, torch.zeros_like(more)], 1)
+        notes["least"] = more.new_tensor([1e-30, 0, 0])[None, None]
 
     def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
-        _, layers = self._layers(rows.layers)
-        if rows.layer not in layers:
-            if rows.reading:
-                self.foresee(rows, w)
+        if not self.acts(rows.layer, rows.layers, rows.notes):
+            self.foresee(rows, w)
             return w
-        parts = rows.at_keys(rows.notes["parts"])  # the image, what its factors have above 1, and the question
-        sums = product(w, parts)  # [batch, heads, rows, 3]
-        most = sums >= sums.topk(max(1, w.shape[1] // 2), dim=1).values[:, -1:]
-        mass, more, _ = (sums * most[..., :1]).sum(1, keepdim=True).split(1, -1)
-        grown = more / mass.clamp(min=1e-30)  # by which share image weights grew
-        changes = torch.cat([most[..., :1].float(), most[..., 2:] * grown], -1)
-        w = torch.addcmul(w, w, product(changes, parts[..., 1:].mT))
-        return w / w.sum(-1, keepdim=True)
+        notes, part = rows.notes, rows.of_prompt(w)
+        sums = torch.baddbmm(notes["least"], part, rows.at_prompt(notes["looks"], flip=True))
+        sums = sums.view(len(w), rows.heads, -1, 3)  # of the image, the question, and what the image gains
+        half = max(1, rows.heads // 2)
+        gains = (sums >= sums.topk(half, dim=1).values.narrow(1, half - 1, 1)).float()  # 1 in the half that looks most
+        mass = (sums * gains.narrow(-1, 0, 1)).sum(1, keepdim=True)
+        gains.narrow(-1, 1, 1).mul_(mass.narrow(-1, 2, 1) / mass.narrow(-1, 0, 1))  # by as much as image weights grew
+        part.addcmul_(part, torch.bmm(gains.view(len(part), -1, 3), rows.at_prompt(notes["changes"])))
+        return w.div_(w.sum(-1, keepdim=True))
 
 
 def _most(mass: torch.Tensor) -> torch.Tensor:

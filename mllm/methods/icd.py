@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
 
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, contrast
+from vision_attn.mllm.contrast import Contrast, Step, contrast
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
 
 
@@ -47,7 +49,7 @@ class ICD(Contrast):
                 f"ICD(instruction={self.instruction!r}): give token ids, as tokenizer(ICD.INSTRUCTION, "
                 "add_special_tokens=False).input_ids does"
             )
-        check_contrast("ICD", self.beta, alpha=self.alpha)
+        check_numbers(self, beta=(0, 1), alpha=(0, math.inf))
 
     def check(self, model: Any, family: Any) -> None:
         size = model.config.get_text_config().vocab_size

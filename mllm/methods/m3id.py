@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, cut
+from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
 
 
@@ -35,7 +36,7 @@ class M3ID(Contrast):
     name: ClassVar[str] = "m3id"
 
     def __post_init__(self) -> None:
-        check_contrast("M3ID", self.beta, decay=self.decay)
+        check_numbers(self, beta=(0, 1), decay=(0, math.inf))
 
     def other(self, reading: Reading) -> Reading:
         return reading.without_images()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn.mllm.around import key_columns
-from vision_attn.mllm.contrast import OUT_OF_REACH, Contrast, Step, check_contrast
+from vision_attn.mllm.contrast import OUT_OF_REACH, Contrast, Step
 from vision_attn.mllm.interface import Compute, listen, switch
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
-from vision_attn.mllm.steering import hide, row_scores
+from vision_attn.mllm.rows import hide, row_scores
 
 EARLY = 10  # response positions up to which attention to the image counts instead
 MOST = 1000.0  # a penalty above it would be as good, and the product of many columns is endless
@@ -49,7 +51,7 @@ class OperaPenalty(Contrast):
     name: ClassVar[str] = "opera-penalty"
 
     def __post_init__(self) -> None:
-        check_contrast("OperaPenalty", 0, weight=self.weight, scale=self.scale)
+        check_numbers(self, weight=(0, math.inf), scale=(0, math.inf))
         if self.scale == 0:
             raise ValueError("OperaPenalty(scale=0): scale is above 0")
         if isinstance(self.candidates, bool) or not isinstance(self.candidates, int) or self.candidates < 1:

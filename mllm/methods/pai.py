@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from vision_attn.mllm.around import check_layers
-from vision_attn.mllm.contrast import Contrast, Step, cut
+from vision_attn.mllm.contrast import WordContrast
 from vision_attn.mllm.method import check_numbers
-from vision_attn.mllm.reading import Reading
 from vision_attn.mllm.steering import RowEdit, Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class PAI(RowEdit, Contrast):
+class PAI(RowEdit, WordContrast):
     """Add `alpha |s|` to the scores `s` of visual tokens where the next token is made, and make that token by
     `gamma (c - u) + u`, of log-probabilities with the image, `c`, and of the words alone, `u`.
 
@@ -54,16 +53,11 @@ class PAI(RowEdit, Contrast):
 
     def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
         if "alpha" not in rows.notes:
-            rows.notes["alpha"] = self.alpha * rows.prompt.asked.float()
-        return torch.addcmul(s, s.abs(), rows.at_keys(rows.notes["alpha"]))
+            rows.notes["alpha"] = self.alpha * rows.prompt.asked[:, None].float()
+        part = rows.of_prompt(s)
+        part.addcmul_(part.abs(), rows.at_prompt(rows.notes["alpha"]))
+        return s
 
     @property
-    def contrasts(self) -> bool:
-        return self.gamma != 1
-
-    def other(self, reading: Reading) -> Reading:
-        return reading.without_images()
-
-    def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
-        with_image, without = z.log_softmax(-1), step.other.log_softmax(-1)
-        return cut(self.gamma * (with_image - without) + without, with_image, self.beta)
+    def least(self) -> float:
+        return self.beta

@@ -11,17 +11,15 @@ from typing import Any, ClassVar
 import torch
 
 from vision_attn.mllm.around import check_layers
-from vision_attn.mllm.contrast import Contrast, Step
+from vision_attn.mllm.contrast import WordContrast
 from vision_attn.mllm.method import check_numbers
-from vision_attn.mllm.methods.pai import PAI
-from vision_attn.mllm.reading import Reading
 from vision_attn.mllm.steering import RowEdit, Rows
 from vision_attn.mllm.tokens import runs
 from vision_attn.mllm.towers import TowerWatch, attention_modules, has_class_token
 
 
 @dataclasses.dataclass(frozen=True)
-class PAINT(RowEdit, Contrast):
+class PAINT(RowEdit, WordContrast):
     """Add `alpha |s|` to the scores `s` of some visual tokens where the next token is made, and `beta |s|` to those of
     others; then the words alone count against a word, as in PAI.
 
@@ -87,7 +85,7 @@ class PAINT(RowEdit, Contrast):
                 own = part["attention"]
                 gain[row, start : start + len(own)] = self.gains(own[:, 0], own[:, -1]).to(gain)
                 start += len(own)
-        prompt.notes[id(self)] = {"gain": gain}
+        prompt.notes[id(self)] = {"gain": gain[:, None]}
 
     def gains(self, first: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
         """`alpha`, `beta` or 0 for each token of an image, by what the class token gives to it in both layers.
@@ -106,15 +104,6 @@ class PAINT(RowEdit, Contrast):
         return gain.masked_fill(outlier, self.beta)
 
     def scores(self, rows: Rows, s: torch.Tensor) -> torch.Tensor:
-        gain = rows.at_keys(rows.notes["gain"])
-        return torch.where(gain > 0, s + gain * s.abs(), s)
-
-    @property
-    def contrasts(self) -> bool:
-        return self.gamma != 1
-
-    def other(self, reading: Reading) -> Reading:
-        return reading.without_images()
-
-    def combine(self, z: torch.Tensor, step: Step) -> torch.Tensor:
-        return PAI(gamma=self.gamma).combine(z, step)
+        part = rows.of_prompt(s)
+        part.addcmul_(part.abs(), rows.at_prompt(rows.notes["gain"]))
+        return s

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from vision_attn.mllm.around import check_layers
-from vision_attn.mllm.steering import RowEdit, Rows, by_column, product
+from vision_attn.mllm.method import check_numbers
+from vision_attn.mllm.steering import RowEdit, Rows, by_column
 
 # Base language model -> dimensions of its residual stream in which sinks have massive values, as published.
 SINK_DIMS = {
@@ -20,6 +21,7 @@ SINK_DIMS = {
     "qwen2-7b": (458, 2570),
     "internvl2-8b": (3584,),
 }
+SURE = 2.0**120  # sums of weights times this are above 1 where they are above 1e-36
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,9 @@ class VAR(RowEdit):
     name: ClassVar[str] = "var"
 
     def __post_init__(self) -> None:
-        for field in ("p", "rho", "floor"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"VAR({field}={value!r}): {field} is a number from 0 to 1")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
-            raise ValueError(f"VAR(tau={self.tau!r}): tau is a finite number above 0")
+        check_numbers(self, p=(0, 1), rho=(0, 1), floor=(0, 1), tau=(0, math.inf))
+        if self.tau == 0:
+            raise ValueError("VAR(tau=0): tau is above 0")
 
     def check(self, model: Any, family: Any) -> None:
         self.where(len(model.get_decoder().layers))
@@ -103,20 +102,36 @@ class VAR(RowEdit):
         tokens, notes = prompt.tokens[number], prompt.notes.setdefault(id(self), {})
         sink = (relative(hidden)[..., dims].amax(-1) > self.tau) & tokens.valid
         sink &= (sink & tokens.visual).any(1, keepdim=True)  # without a visual one, none is robbed
-        parts = [tokens.visual, tokens.visual & sink, sink, tokens.visual & ~sink]
-        parts = [by_column(part, tokens, prompt.length) for part in parts]
-        notes[number] = torch.stack(parts, -1).float() if sink.any() else None
-        notes["least"] = 1e-6 * prompt.asked.sum(1)[:, None, None, None]
+        notes[number] = None
+        if sink.any():
+            total, left, robbed = tokens.visual.float(), (tokens.visual & ~sink).float(), sink.float()
+            few = (1 - self.rho) * total - total * robbed  # not below 0 where few of the image's weights are on sinks
+            looks = [SURE * part for part in (total, few, left, left, robbed)]
+            changes = [robbed * 0] * 3 + [-(1 - self.p) * robbed, (1 - self.p) * left]
+            notes[number] = [
+                torch.stack([by_column(part, tokens, prompt.length) for part in parts], 1) for parts in (looks, changes)
+            ]
+        if "least" not in notes:
+            least = hidden.new_tensor([-self.floor * SURE, 0, 1, 0, 0], dtype=torch.float32).repeat(len(hidden), 1, 1)
+            least[..., 1] = 1e-6 * (1 - self.rho) * SURE * prompt.asked.sum(1)[:, None]
+            least[..., :2] += 1  # as much as that is enough
+            notes["least"] = least
+
+    def acts(self, layer: int, layers: int, notes: dict[Any, Any]) -> bool:
+        return notes[layer] is not None
 
     def weights(self, rows: Rows, w: torch.Tensor) -> torch.Tensor:
         if rows.notes[rows.layer] is None:
             return w
-        parts = rows.at_keys(rows.notes[rows.layer])
-        total, lost, budget, left = product(w, parts).split(1, -1)
-        chosen = (total >= self.floor) & (lost <= (1 - self.rho) * (total + rows.notes["least"])) & (left > 0)
-        taken = (1 - self.p) * chosen
-        changes = torch.cat([-taken, taken * budget / left.clamp(min=1e-30)], -1)
-        return torch.addcmul(w, w, product(changes, parts[..., 2:].mT))
+        looks, changes = rows.notes[rows.layer]
+        part, least = rows.of_prompt(w), rows.notes["least"]
+        if len(least) < len(part):
+            least = least.repeat_interleave(len(part) // len(least), 0)
+        sums = torch.baddbmm(least, part, rows.at_prompt(looks, flip=True))
+        chosen = sums.amin(-1, keepdim=True).clamp_(0, 1)  # times `SURE` they are 0 and less, or 1 and more
+        sums.mul_(chosen.div_(sums.narrow(-1, 2, 1)))  # the last two: 1, and budget / left
+        part.addcmul_(part, torch.bmm(sums, rows.at_prompt(changes)))
+        return w
 
 
 def relative(hidden: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
 
-from vision_attn.mllm.contrast import Contrast, Step, check_contrast, contrast
+from vision_attn.mllm.contrast import Contrast, Step, contrast
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.reading import Reading
 
 STEPS = 1000
@@ -39,7 +41,7 @@ class VCD(Contrast):
     name: ClassVar[str] = "vcd"
 
     def __post_init__(self) -> None:
-        check_contrast("VCD", self.beta, alpha=self.alpha)
+        check_numbers(self, beta=(0, 1), alpha=(0, math.inf))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 0 <= self.steps < STEPS:
             raise ValueError(f"VCD(steps={self.steps!r}): the diffusion has {STEPS} steps, 0 to {STEPS - 1}")
 

@@ -10,6 +10,7 @@ import torch
 
 from vision_attn.mllm.around import check_layers
 from vision_attn.mllm.heads import HeadGain
+from vision_attn.mllm.method import check_numbers
 from vision_attn.mllm.steering import question
 
 
@@ -47,8 +48,7 @@ class VHR(HeadGain):
     name: ClassVar[str] = "vhr"
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
-            raise ValueError(f"VHR(alpha={self.alpha!r}): alpha is a finite number of at least 0")
+        check_numbers(self, alpha=(0, math.inf))
         if self.text_branch not in ("reinforced", "plain"):
             raise ValueError(f"VHR(text_branch={self.text_branch!r}): 'reinforced' or 'plain'")
 
