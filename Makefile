@@ -8,6 +8,7 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 .PHONY: demo test
 demo: $(VENV)/.demo
 	$(VENV)/bin/vision-attn generate "a red circle moves right" --attention radial --compare --overwrite -o out
+	@echo "The rest is in the browser: $(VENV)/bin/vision-attn app"
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -14,13 +14,23 @@ from typing import Any
 import click
 import numpy as np
 
-from vision_attn.apps.ask import EXAMPLE
-from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.files import atomic, check_ending, check_new, could_hold
+from vision_attn.apps.option_types import example_number
+from vision_attn.apps.run_options import checked_device
 from vision_attn.mllm.loading import Loaded, load
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, Method
 from vision_attn.mllm.registry import make, methods
 
 DROPS = (InputPrune, LayerPrune, CachePrune)
+# What the options of methods are said to be -> what may be given.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "tuple": (tuple, list),
+    "None": (type(None),),
+}
 LARGEST = 2048  # pixels along a side of a picture
 
 
@@ -31,12 +41,17 @@ def list_methods() -> list[str]:
     for name, cls in known:
         kind = "--prune" if issubclass(cls, DROPS) else "--method"
         lines.append(f"{kind:<8} {name:<16} {(cls.__doc__ or '').split(chr(10))[0]}")
-        lines += [f"{'':<25} {', '.join(map(_shown, _options(cls)))}"] if _options(cls) else []
+        lines += [f"{'':<25} {', '.join(options_of(cls))}"] if _options(cls) else []
     return lines
 
 
 def _options(cls: type[Method]) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def options_of(cls: type[Method]) -> list[str]:
+    """Options of a method with their defaults: `keep=0.5`, `layer=2`."""
+    return list(map(_shown, _options(cls)))
 
 
 def _shown(field: dataclasses.Field) -> str:
@@ -102,7 +117,7 @@ def _value(text: str) -> Any:
     """A Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -115,10 +130,22 @@ def _make(name: str, options: dict[str, Any]) -> Method:
     missing = [field for field in needed if field not in options]
     if missing:
         raise click.UsageError(f"{name} needs {', '.join(missing)}; give it with --set, or use attach() in Python.")
+    for option, value in options.items():
+        kinds = next((str(each.type) for each in _options(methods()[name]) if each.name == option), "").split(" | ")
+        if all(kind.partition("[")[0] in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
+            raise click.UsageError(f"{name}: {option} takes {' | '.join(kinds)}; got {value!r}")
     try:
         return make(name, **options)
     except (ValueError, TypeError) as error:
         raise click.UsageError(f"{name}: {error}") from error
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value is what an annotation says, as far as `_KINDS` knows."""
+    known = _KINDS[kind.partition("[")[0]]
+    if kind.startswith("tuple[tuple") and isinstance(value, (tuple, list)):
+        return all(isinstance(each, (tuple, list)) for each in value)
+    return isinstance(value, known) and (bool in known or not isinstance(value, bool))
 
 
 def answer(image: str, question: str, asked: dict[str, Any]) -> None:
@@ -128,28 +155,24 @@ def answer(image: str, question: str, asked: dict[str, Any]) -> None:
         raise click.UsageError("--compare needs a method; add for example --prune fastv --keep 0.2.")
     output = asked["output"]
     if output is not None:
-        if output.suffix != ".png":
-            raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png.")
+        check_ending(output, ".png")
         check_new([output], asked["overwrite"])
-    picture = None if _example(image) is not None else _read(image)
-    from vision_attn.devices import resolve_device, resolve_dtype
-
+    picture = None if example_number(image) is not None else read_picture(image)
     number = None if asked["dtype"] == "auto" else asked["dtype"]
-    try:
-        resolve_dtype(number, resolve_device(asked["device"]), built_in=False)
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+    checked_device(asked["device"], asked["dtype"])
+    if output is not None:
+        could_hold(output.parent)
     with _loading_bars(asked["progress"]):
         loaded = load(asked["model"], device=asked["device"], dtype=number)
     there = None
     if picture is None:
-        picture, there = _draw_example(_example(image), loaded)
+        picture, there = draw_example(example_number(image), loaded)
     inputs = loaded.inputs(picture, question)
     if loaded.built_in:
-        _check_words(loaded, inputs, question)
+        check_words(loaded, inputs, question)
 
     rows = [()] * (asked["compare"] or not attached) + [tuple(attached)] * bool(attached)
-    found = [_answer(loaded, inputs, row, asked["tokens"]) for row in rows]
+    found = [reply(loaded, inputs, row, asked["tokens"]) for row in rows]
     if output is not None:
         from vision_attn.apps.kept import draw
 
@@ -172,21 +195,34 @@ def answer(image: str, question: str, asked: dict[str, Any]) -> None:
         click.echo(str(output))
 
 
-def _answer(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...], tokens: int) -> dict[str, Any]:
-    """One answer; with nothing attached, that of the untouched model."""
+def reply(
+    loaded: Loaded,
+    inputs: dict[str, Any],
+    attached: tuple[Method, ...],
+    tokens: int,
+    look: tuple[Method, ...] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """One answer; with nothing attached, that of the untouched model.
+
+    Args:
+        look: methods that watch and change nothing, such as `Capture`; no report of them.
+        options: of `model.generate`.
+    """
     from vision_attn.mllm import attach
 
     drops = any(isinstance(method, DROPS) for method in attached)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(attach(loaded.model, *attached)) if attached else None
-        output = loaded.generate(inputs, tokens)
+        run = stack.enter_context(attach(loaded.model, *attached, *look)) if attached or look else None
+        output = loaded.generate(inputs, tokens, **options)
         prompt = run.engine.prompts[output.past_key_values] if drops else None
-        report = None if run is None else run.report
+        report = dataclasses.replace(run.report, methods=run.report.methods[: len(attached)]) if attached else None
     return {
         "name": " + ".join(method.name for method in attached) or "untouched",
         "methods": [] if report is None else report.methods,
         "answer": loaded.text(output.sequences),
+        "ids": output.sequences[0].tolist(),
         "tokens": output.sequences.shape[1],
         "seconds": round(time.perf_counter() - start, 3),
         "report": None if report is None else report.to_dict(),
@@ -197,17 +233,7 @@ def _answer(loaded: Loaded, inputs: dict[str, Any], attached: tuple[Method, ...]
     }
 
 
-def _example(image: str) -> int | None:
-    """The number in `example:3`; None for a file."""
-    name, colon, number = image.partition(":")
-    if name != EXAMPLE or Path(image).exists():
-        return None
-    if colon and not number.isdecimal():
-        raise click.UsageError(f"IMAGE: got {image!r}; write {EXAMPLE}:0, {EXAMPLE}:1, ...")
-    return int(number or 0)
-
-
-def _draw_example(number: int, loaded: Loaded) -> tuple[np.ndarray, list[str]]:
+def draw_example(number: int, loaded: Loaded) -> tuple[np.ndarray, list[str]]:
     """A picture of the shapes world in which about half of what usually is there is missing; and what is there."""
     from vision_attn.shapes.crowd import CELLS, KINDS, draw_crowd, sample_crowd
 
@@ -217,13 +243,14 @@ def _draw_example(number: int, loaded: Loaded) -> tuple[np.ndarray, list[str]]:
     return picture, [KINDS[kind] for kind in crowd.kinds]
 
 
-def _read(image: str) -> np.ndarray:
+def read_picture(image: str | Path) -> np.ndarray:
+    """A file as uint8 `[height, width, 3]`, no side longer than `LARGEST`."""
     from vision_attn.images import read_image
 
     return read_image(image, largest=LARGEST)
 
 
-def _check_words(loaded: Loaded, inputs: dict[str, Any], question: str) -> None:
+def check_words(loaded: Loaded, inputs: dict[str, Any], question: str) -> None:
     from vision_attn.shapes.crowd import WORDS
 
     words = loaded.processor.tokenizer

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.run_options import run_options
-
-EXAMPLE = "example"
+from vision_attn.apps.option_types import PICTURES, Whole, offer
+from vision_attn.apps.run_options import overwrite_option, run_options
 
 
 def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -40,13 +39,14 @@ _OPTIONS = (
         default="shapes-llava",
         show_default=True,
         metavar="NAME",
+        shell_complete=offer("shapes-llava", "shapes-llava-long", file=True),
         help="shapes-llava, shapes-llava-long, a folder, or a Hub id.",
     ),
-    click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer."),
+    click.option("--tokens", type=Whole(1), default=64, show_default=True, help="Longest answer."),
     click.option(
         "-o", "--output", type=click.Path(path_type=Path), help="A picture of what was kept or looked at, .png."
     ),
-    click.option("--overwrite", is_flag=True, help="Replace a picture that is there."),
+    overwrite_option,
     run_options,
 )
 
@@ -57,7 +57,7 @@ def answer_options(command: Callable) -> Callable:
 
 
 @click.command()
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", shell_complete=PICTURES)
 @click.argument("question")
 @answer_options
 def ask(image: str, question: str, **asked: Any) -> None:

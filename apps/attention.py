@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.files import atomic, check_ending, check_new, could_hold, read_still
+from vision_attn.apps.option_types import PICTURES, Choice, Whole
 from vision_attn.apps.pattern_options import PatternName, build_pattern, check_options, pattern_options
+from vision_attn.apps.run_options import checked_device, device_option, json_option, overwrite_option, progress_option
 
 KINDS = ("normgrad", "normgrad-scaling", "normgrad-positive", "normgrad-bias", "gradcam")
 METHODS = ("attention", "rollout", *KINDS)
@@ -51,21 +53,21 @@ class Query(click.ParamType):
 
 
 @click.command()
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", shell_complete=PICTURES)
 @click.option("--model", default="nat_shapes", show_default=True, metavar="NAME_OR_FOLDER", help="A timm model.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture, .png.")
 @click.option("--layers", type=Chosen("all"), default="all", show_default=True, help="Attention layers, from 0.")
 @click.option("--heads", type=Chosen("mean", "all"), default="mean", show_default=True, help="A panel for each head.")
 @click.option("--query", type=Query(), default="auto", show_default=True, help="Who looks: a place is y,x from 0 to 1.")
-@click.option("--method", type=click.Choice(METHODS), default="attention", show_default=True, help="What is drawn.")
-@click.option("--target", type=click.IntRange(0), help="Class that normgrad and gradcam explain; else the model's own.")
+@click.option("--method", type=Choice(METHODS), default="attention", show_default=True, help="What is drawn.")
+@click.option("--target", type=Whole(0), help="Class that normgrad and gradcam explain; else the model's own.")
 @click.option("--importance", is_flag=True, help="Also what each head is worth: one more run of the model per head.")
 @click.option("--untrained", is_flag=True, help="Random weights: no download.")
 @click.option("--attention", type=PatternName(), help="Attach a pattern first; its options follow.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--progress/--no-progress", default=None, help="A bar on stderr; shown on a terminal unless said.")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@device_option
+@progress_option
+@overwrite_option
+@json_option
 @pattern_options
 def attention(
     image: str,
@@ -87,20 +89,20 @@ def attention(
 ) -> None:
     """Draw where MODEL looks in IMAGE: one panel per layer, or per head; the numbers go into .json and .csv beside it.
 
+    IMAGE is a file, or example:0, example:1, ... for pictures that the built-in models know.
     Each panel goes from its least (blue) to its greatest weight (red). The query is the class token where there is one,
     else the mean of all queries. rollout follows attention through all layers; normgrad and gradcam show what the
     chosen class depends on.
 
     \b
     Examples:
-      vision-attn attention scene.png -o maps.png
+      vision-attn attention example:1 -o maps.png
       vision-attn attention photo.jpg --model vit_small_patch16_224 -o maps.png --layers -1 --heads all
       vision-attn attention photo.jpg --model vit_small_patch16_224 -o maps.png --query 0.5,0.3
       vision-attn attention photo.jpg --model vit_small_patch16_224 -o rollout.png --method rollout
       vision-attn attention photo.jpg --model deit_tiny_patch16_224 -o near.png --attention neighborhood --window 7
     """
-    if output.suffix != ".png":
-        raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png.")
+    check_ending(output, ".png")
     if method != "attention" and (heads != "mean" or importance):
         raise click.UsageError(f"--heads and --importance belong to --method attention, not to {method}.")
     if method in KINDS and (query != "auto" or layers != "all"):
@@ -111,20 +113,14 @@ def attention(
     pattern = build_pattern(attention, options) if attention else None
     numbers = output.with_suffix(".json"), output.with_suffix(".csv")
     check_new([output, *numbers], overwrite)
-    from vision_attn.images import read_image
-
-    picture = read_image(image, largest=2048)
-    from vision_attn.diffusion.loading import resolve_device
-
-    try:
-        place = resolve_device(device)
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
-    from vision_attn.apps.looking import look
+    picture = read_still(image, largest=2048)
+    place = checked_device(device)
+    could_hold(output.parent)
+    from vision_attn.apps.looking import load, look
 
     shown = sys.stderr.isatty() if progress is None else progress
     asked = {"method": method, "query": query, "layers": layers, "heads": heads, "target": target}
-    result, drawn = look(picture, model, place, asked, pattern, untrained, importance, shown)
+    result, drawn = look(picture, load(model, place, untrained), model, asked, pattern, untrained, importance, shown)
     result = {"image": image, "model": model, "untrained": untrained, **result}
     _write(output, drawn, result, *numbers)
     if as_json:

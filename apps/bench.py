@@ -9,9 +9,18 @@ import click
 
 from vision_attn.apps.bench_diffusion import diffusion
 from vision_attn.apps.bench_mllm import mllm
+from vision_attn.apps.bench_parallel import parallel
 from vision_attn.apps.bench_vision import vision
-from vision_attn.apps.files import atomic, check_new, writable_folder
-from vision_attn.apps.pattern_options import nearest
+from vision_attn.apps.files import PICTURES, add_rows, atomic, check_ending, check_new, check_table, writable_folder
+from vision_attn.apps.option_types import Whole, nearest, offer
+from vision_attn.apps.run_options import (
+    bench_device_option,
+    checked_device,
+    json_option,
+    overwrite_option,
+    progress_option,
+    threads_option,
+)
 
 
 @click.group()
@@ -24,6 +33,7 @@ def bench() -> None:
       vision-attn bench vision --sides 14,56
       vision-attn bench diffusion --parts growth
       vision-attn bench mllm --keep 0.5,0.2
+      vision-attn bench parallel --ranks 2
       vision-attn bench kernels --help
     """
 
@@ -31,27 +41,28 @@ def bench() -> None:
 bench.add_command(vision)
 bench.add_command(diffusion)
 bench.add_command(mllm)
+bench.add_command(parallel)
 
 
 @bench.command()
 @click.option(
-    "--problems", help="Names or sets (cpu, gpu, tiny), separated by commas; the set of the device if absent."
+    "--problems",
+    shell_complete=offer("cpu", "gpu", "tiny"),
+    help="Names or sets (cpu, gpu, tiny), separated by commas; the set of the device if absent.",
 )
 @click.option("--peers", "peer_names", help="Who is timed, separated by commas; all that suit the device if absent.")
 @click.option("--without", default="", help="Peers to leave out, separated by commas, such as flex,flex-rows.")
 @click.option("--baseline", help="The peer that speed-ups are over: sdpa on a CPU, sdpa-cudnn on a GPU if absent.")
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Measurements of every peer.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of a CPU; all cores if absent.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
+@click.option("--rounds", type=Whole(1), default=7, show_default=True, help="Measurements of every peer.")
+@threads_option
+@bench_device_option
 @click.option(
     "--csv", "csv_path", type=click.Path(path_type=Path), help="Add the rows to this file, problem by problem."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture of the speed-ups: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace a picture that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--progress/--no-progress", default=None, help="A bar on stderr; shown on a terminal unless said.")
+@overwrite_option
+@json_option
+@progress_option
 def kernels(
     problems: str | None,
     peer_names: str | None,
@@ -78,8 +89,7 @@ def kernels(
       vision-attn bench kernels --without flex,flex-rows --csv cpu.csv -o cpu.png
     """
     if output is not None:
-        if output.suffix not in (".png", ".svg", ".pdf"):
-            raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png, .svg or .pdf.")
+        check_ending(output, *PICTURES)
         check_new([output], overwrite)
     import torch
     from tqdm import tqdm
@@ -87,18 +97,14 @@ def kernels(
     from vision_attn.kernels.bench.peers import default_peers
     from vision_attn.kernels.bench.peers import peers as all_peers
     from vision_attn.kernels.bench.problems import pick
-    from vision_attn.kernels.bench.report import as_text, growth, growth_text, read_csv
-    from vision_attn.kernels.bench.run import run
+    from vision_attn.kernels.bench.report import as_csv, as_text, growth, growth_text, read_csv
+    from vision_attn.kernels.bench.run import COLUMNS, run
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device: got 'cuda', but there is no CUDA GPU here; use cpu or auto.")
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = checked_device(device).type
     try:
         chosen = pick(problems, device)
-        if csv_path is not None and csv_path.exists():
-            read_csv(csv_path)  # now rather than after the first problem
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(f"--problems: {error}") from error
     known, left_out = all_peers(), _names(without)
     names = _names(peer_names) or default_peers(device)
     baseline = baseline or ("sdpa-cudnn" if device == "cuda" else "sdpa")
@@ -108,9 +114,10 @@ def kernels(
     timed = {name: known[name] for name in names if name not in left_out}
     if not timed:
         raise click.UsageError("--without leaves nobody to time")
-    for path in (csv_path, output):  # minutes of work would be lost
-        if path is not None:
-            writable_folder(path.parent)
+    if csv_path is not None:
+        check_table(csv_path, read_csv)
+    if output is not None:
+        writable_folder(output.parent)
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
     shown = sys.stderr.isatty() if progress is None else progress
@@ -128,7 +135,7 @@ def kernels(
                 rows += part
                 finished += 1
                 if csv_path is not None:
-                    _append(csv_path, part)
+                    add_rows(csv_path, ",".join(COLUMNS), as_csv(part))
                 if not as_json:
                     with bar.external_write_mode(file=sys.stdout):
                         click.echo(as_text(part) + "\n")
@@ -154,13 +161,3 @@ def kernels(
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, which is replaced as a whole: it never holds half a problem."""
-    from vision_attn.kernels.bench.report import as_csv
-    from vision_attn.kernels.bench.run import COLUMNS
-
-    before = path.read_text() if path.exists() else ",".join(COLUMNS) + "\n"
-    with atomic(path) as partial:
-        partial.write_text(before + as_csv(rows))

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.files import atomic, writable_folder
+from vision_attn.apps.files import add_rows, check_table
+from vision_attn.apps.option_types import Whole, nearest
+from vision_attn.apps.run_options import (
+    bench_device_option,
+    checked_device,
+    json_option,
+    progress_option,
+    threads_option,
+)
 
 PARTS = ("clips", "growth", "overhead", "freeswim", "wan")
 
@@ -17,16 +25,14 @@ PARTS = ("clips", "growth", "overhead", "freeswim", "wan")
 @click.command()
 @click.option("--parts", help=f"Some of {', '.join(PARTS)}; on a CPU all but wan if absent, on a GPU wan.")
 @click.option("--sizes", help="clips: names separated by commas, 1x to 8x-long and 4x-long-4x-large; all if absent.")
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of clips and freeswim.")
-@click.option("--clips", "count", type=click.IntRange(1), default=1, show_default=True, help="Prompts, each in turn.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of the parts that draw no clips.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the CPU; all cores if absent.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
+@click.option("--steps", type=Whole(1), default=20, show_default=True, help="Of clips and freeswim.")
+@click.option("--clips", "count", type=Whole(1), default=1, show_default=True, help="Prompts, each in turn.")
+@click.option("--rounds", type=Whole(1), default=5, show_default=True, help="Of the parts that draw no clips.")
+@threads_option
+@bench_device_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Add the rows to this file, part by part.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--progress/--no-progress", default=None, help="What is going on, on stderr; on a terminal unless said.")
+@json_option
+@progress_option
 def diffusion(
     parts: str | None,
     sizes: str | None,
@@ -56,9 +62,7 @@ def diffusion(
 
     from vision_attn.diffusion import bench, timings
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device: got 'cuda', but there is no CUDA GPU here; use cpu or auto.")
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = checked_device(device).type
     usual = ("wan",) if device == "cuda" else PARTS[:-1]
     chosen = _names("--parts", parts, PARTS) or usual
     clip_sizes = _names("--sizes", sizes, tuple(bench.CLIPS)) or tuple(bench.CLIPS)
@@ -67,12 +71,7 @@ def diffusion(
     if device == "cuda" and chosen != ("wan",):
         raise click.UsageError("--parts: on a GPU only wan is timed; use --device cpu for the others.")
     if csv_path is not None:
-        writable_folder(csv_path.parent)
-        try:
-            if csv_path.exists():
-                timings.read_csv(csv_path)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+        check_table(csv_path, timings.read_csv)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     shown = sys.stderr.isatty() if progress is None else progress
 
@@ -85,9 +84,7 @@ def diffusion(
         for part in measured(chosen, clip_sizes, steps, count, rounds, tell):
             rows += part
             if csv_path is not None:
-                before = csv_path.read_text() if csv_path.exists() else ",".join(timings.COLUMNS) + "\n"
-                with atomic(csv_path) as partial:
-                    partial.write_text(before + timings.as_csv(part))
+                add_rows(csv_path, ",".join(timings.COLUMNS), timings.as_csv(part))
             if not as_json:
                 click.echo(timings.as_text(part) + "\n")
     except KeyboardInterrupt as stop:
@@ -126,5 +123,5 @@ def _names(option: str, text: str | None, allowed: tuple[str, ...]) -> tuple[str
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     for name in names:
         if name not in allowed:
-            raise click.UsageError(f"{option}: unknown {name!r}; allowed: {', '.join(allowed)}.")
+            raise click.UsageError(f"{option}: unknown {name!r}{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
     return names

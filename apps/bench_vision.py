@@ -9,21 +9,31 @@ from pathlib import Path
 
 import click
 
-from vision_attn.apps.files import atomic, check_new, writable_folder
+from vision_attn.apps.files import PICTURES, add_rows, atomic, check_ending, check_new, check_table, writable_folder
+from vision_attn.apps.option_types import Whole, nearest
+from vision_attn.apps.run_options import json_option, overwrite_option, progress_option, threads_option
+from vision_attn.apps.simulate import Counts
 
 
 @click.command()
-@click.option("--sides", default="14,56,112,224", show_default=True, help="Tokens per side of the maps.")
+@click.option(
+    "--sides",
+    "sizes",
+    type=Counts(2, 4096),
+    default="14,56,112,224",
+    show_default=True,
+    help="Tokens per side of the maps.",
+)
 @click.option("--layers", "layer_names", help="Names separated by semicolons; all layers if absent.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measurements of every layer.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the CPU; all cores if absent.")
+@click.option("--rounds", type=Whole(1), default=5, show_default=True, help="Measurements of every layer.")
+@threads_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Add the rows to this file, map by map.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace a picture that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--progress/--no-progress", default=None, help="A bar on stderr; shown on a terminal unless said.")
+@overwrite_option
+@json_option
+@progress_option
 def vision(
-    sides: str,
+    sizes: tuple[int, ...],
     layer_names: str | None,
     rounds: int,
     threads: int | None,
@@ -43,15 +53,8 @@ def vision(
       vision-attn bench vision --sides 14,56 --threads 2
       vision-attn bench vision --layers "neighborhood 7x7;linear mala" --csv vision.csv -o vision.png
     """
-    try:
-        sizes = [int(side) for side in sides.split(",")]
-        if min(sizes) < 2:
-            raise ValueError
-    except ValueError:
-        raise click.UsageError(f"--sides: got {sides!r}; give numbers from 2 on, such as 14,56,112.") from None
     if output is not None:
-        if output.suffix not in (".png", ".svg", ".pdf"):
-            raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png, .svg or .pdf.")
+        check_ending(output, *PICTURES)
         check_new([output], overwrite)
     import torch
     from tqdm import tqdm
@@ -61,15 +64,13 @@ def vision(
     known = bench.layers()
     names = [name.strip() for name in layer_names.split(";")] if layer_names else list(known)
     if unknown := [name for name in names if name not in known]:
-        raise click.UsageError(f"--layers: unknown {unknown[0]!r}; allowed: {'; '.join(known)}.")
-    for path in (csv_path, output):
-        if path is not None:
-            writable_folder(path.parent)
-    try:
-        if csv_path is not None and csv_path.exists():
-            bench.read_csv(csv_path)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(
+            f"--layers: unknown {unknown[0]!r}{nearest(unknown[0], known)} Allowed: {'; '.join(known)}."
+        )
+    if csv_path is not None:
+        check_table(csv_path, bench.read_csv)
+    if output is not None:
+        writable_folder(output.parent)
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
     rows: list[dict] = []
@@ -81,7 +82,9 @@ def vision(
             for part in bench.run(sizes, names, rounds=rounds, **steps):
                 rows += part
                 if csv_path is not None:
-                    _append(csv_path, part, bench.COLUMNS)
+                    text = io.StringIO()
+                    csv.DictWriter(text, bench.COLUMNS, lineterminator="\n").writerows(part)
+                    add_rows(csv_path, ",".join(bench.COLUMNS), text.getvalue())
                 if not as_json:
                     with bar.external_write_mode(file=sys.stdout):
                         click.echo(bench.as_text(part) + "\n")
@@ -103,12 +106,3 @@ def vision(
     if wrong:
         click.echo(f"Error: wrong results, not timed: {', '.join(wrong)}", err=True)
         raise click.exceptions.Exit(1)
-
-
-def _append(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
-    """Add rows to a CSV file, which is replaced as a whole: it never holds half a map."""
-    text = io.StringIO()
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
-    before = path.read_text() if path.exists() else ",".join(columns) + "\n"
-    with atomic(path) as partial:
-        partial.write_text(before + text.getvalue())

@@ -7,26 +7,27 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.files import atomic, check_new, writable_folder
-from vision_attn.apps.run_options import run_options
+from vision_attn.apps.files import PICTURES, atomic, check_ending, check_new, writable_folder
+from vision_attn.apps.option_types import Real, Whole
+from vision_attn.apps.run_options import checked_device, overwrite_option, pipeline_option, prompts_option, run_options
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("--prompts", "prompts_file", metavar="FILE", help="Text file with one prompt per line; - reads stdin.")
+@prompts_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The preset, a .json file.")
 @click.option("--picture", type=click.Path(path_type=Path), help="How attention falls off: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there; without it they are an error.")
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline; the built-in model unless given.")
+@overwrite_option
+@pipeline_option
 @click.option("--recall", type=float, default=0.95, show_default=True, help="Share of the mass every head must keep.")
-@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Queries sampled per call.")
+@click.option("--rows", type=Whole(1), default=64, show_default=True, help="Queries sampled per call.")
 @click.option("--per-layer", is_flag=True, help="One pattern for all heads of a layer.")
 @click.option("--frames", type=int, help="Frames of a video.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--width", type=int, help="Pixels.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
-@click.option("--guidance", type=float, help="Strength of the prompt.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of noise and rows.")
+@click.option("--steps", type=Whole(1, 1000), help="Denoising steps.")
+@click.option("--guidance", type=Real(0), help="Strength of the prompt.")
+@click.option("--seed", type=Whole(0, 2**32 - 1), default=0, show_default=True, help="Of noise and rows.")
 @run_options
 def calibrate(
     prompts: tuple[str, ...],
@@ -60,10 +61,9 @@ def calibrate(
     texts = read_prompts(prompts, prompts_file)
     if not 0 < recall <= 1:
         raise click.UsageError(f"--recall: got {recall}; give a share above 0 and at most 1, such as 0.95.")
-    if output.suffix != ".json":
-        raise click.UsageError(f"-o: got {output.name!r}; the name must end in .json.")
-    if picture is not None and picture.suffix not in (".png", ".svg", ".pdf"):
-        raise click.UsageError(f"--picture: got {picture.name!r}; the name must end in .png, .svg or .pdf.")
+    check_ending(output, ".json")
+    if picture is not None:
+        check_ending(picture, *PICTURES, option="--picture")
     files = [path for path in (output, picture) if path is not None]
     check_new(files, overwrite)
     from vision_attn.apps import job as jobs
@@ -74,6 +74,7 @@ def calibrate(
     job = jobs.plan(
         model, "dense", {}, typed, dense_steps=None, dense_layers=None, with_dense=False, output=output.parent
     )
+    checked_device(device, dtype)
     for path in files:
         writable_folder(path.parent)
     shown = sys.stderr.isatty() if progress is None else progress

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from vision_attn.apps.ask import answer_options
+from vision_attn.apps.option_types import PICTURES
 
 
 @click.command()
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", shell_complete=PICTURES)
 @click.option("--prompt", default="describe the image", show_default=True, help="What the model is asked.")
 @answer_options
 def caption(image: str, prompt: str, **asked: Any) -> None:

@@ -5,36 +5,41 @@ from pathlib import Path
 
 import click
 
+from vision_attn.apps.option_types import PICTURES, Whole, offer
+from vision_attn.apps.run_options import checked_device, device_option, json_option
+
 CLIP = "clip_shapes"
 
 
 @click.command()
-@click.argument("images", nargs=-1, metavar="IMAGE...")
+@click.argument("images", nargs=-1, metavar="IMAGE...", shell_complete=PICTURES)
 @click.option(
     "--model",
     metavar="NAME_OR_FOLDER",
+    shell_complete=offer("nat_shapes", "biformer_shapes", CLIP, file=True),
     help="nat_shapes (the default), biformer_shapes, clip_shapes, a folder of timm or open_clip, or any name of timm.",
 )
 @click.option("--caption", "captions", multiple=True, metavar="TEXT", help="Choose among these; give at least two.")
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many labels to show.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--top", type=Whole(1), default=3, show_default=True, help="How many labels to show.")
+@device_option
+@json_option
 def classify(
     images: tuple[str, ...], model: str | None, captions: tuple[str, ...], top: int, device: str, as_json: bool
 ) -> None:
     """Name the largest thing in each IMAGE, or with --caption the text that fits it best.
 
     The models that ship know the shapes world: circle, square, triangle, cross in red, green, blue, yellow, white.
+    IMAGE is a file, or example:0, example:1, ... for a picture of that world.
 
     \b
     Examples:
-      vision-attn classify scene.png
+      vision-attn classify example:0 example:1
       vision-attn classify *.png --model biformer_shapes --json
       vision-attn classify scene.png --caption "a red circle and a blue cross" --caption "two dogs"
       vision-attn classify photo.jpg --model resnet50.a1_in1k
     """
     if not images:
-        raise click.UsageError("no image; give at least one file.")
+        raise click.UsageError("no image; give at least one file, or example:0.")
     if len(captions) == 1 or "" in (text.strip() for text in captions):
         raise click.UsageError("--caption: give two or more texts to choose from, none of them empty.")
     name = model or (CLIP if captions else "nat_shapes")
@@ -42,17 +47,13 @@ def classify(
     if captions and not clip:
         raise click.UsageError(f"--caption needs a CLIP model, and {name} is none; leave --model out, or give {CLIP}.")
 
-    from vision_attn.diffusion.loading import resolve_device
-    from vision_attn.images import read_image
+    from vision_attn.apps.files import read_still
 
-    try:
-        place = resolve_device(device)
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+    place = checked_device(device)
     pictures, failed = {}, []
     for path in images:
         try:
-            pictures[path] = read_image(path, largest=1024)
+            pictures[path] = read_still(path, largest=1024)
         except (ValueError, OSError) as error:
             failed.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error))
     if pictures:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.run_options import run_options
+from vision_attn.apps.option_types import Real, Whole
+from vision_attn.apps.run_options import checked_device, overwrite_option, pipeline_option, run_options
 
 SEEDS = 2**32 - 1
 
@@ -23,29 +24,29 @@ SEEDS = 2**32 - 1
     help="Words that stand in the prompts, and what to draw as the reference of them; the words unless given.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline; the built-in model unless given.")
+@overwrite_option
+@pipeline_option
 @click.option("--isolation/--no-isolation", default=True, show_default=True, help="Keep subjects apart.")
 @click.option("--reposition/--no-reposition", default=True, show_default=True, help="Show subjects their reference.")
 @click.option(
     "--cross",
-    type=click.FloatRange(0, 1),
+    type=Real(0, 1),
     default=0.9,
     show_default=True,
     help="Share of the reference's prompt inside a subject.",
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Real(0, 1, min_open=True, max_open=True),
     help="Where attention to its words counts as a subject, 0 to 1; found for each picture unless given.",
 )
 @click.option("--frames", type=int, help="Frames of a video, 4n+1 for most models; 1 draws an image.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--width", type=int, help="Pixels.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
-@click.option("--guidance", type=click.FloatRange(0), help="Strength of the prompt.")
+@click.option("--steps", type=Whole(1, 1000), help="Denoising steps.")
+@click.option("--guidance", type=Real(0), help="Strength of the prompt.")
 @click.option("--negative", metavar="TEXT", help="What to keep out.")
-@click.option("--seed", type=click.IntRange(0, SEEDS), default=0, show_default=True, help="The next pictures count up.")
+@click.option("--seed", type=Whole(0, SEEDS), default=0, show_default=True, help="The next pictures count up.")
 @run_options
 def consistent(
     prompts: tuple[str, ...],
@@ -77,6 +78,10 @@ def consistent(
     """
     if any(not text.strip() for text in prompts):
         raise click.UsageError("a prompt is empty; describe what to draw.")
+    if seed + len(subjects) + len(prompts) - 1 > SEEDS:
+        raise click.UsageError(
+            f"--seed: {seed} and {len(subjects) + len(prompts)} pictures count past {SEEDS}, the largest seed."
+        )
     named = {}
     for text in subjects:
         words, _, prompt = text.partition("=")
@@ -91,7 +96,7 @@ def consistent(
     from vision_attn.apps.files import check_new, slug, writable_folder
     from vision_attn.apps.generate import _loading_bars, _warn_of_words, need
     from vision_attn.apps.sampling import call_arguments
-    from vision_attn.diffusion.loading import SizeError, inspect_model, load, resolve_device, resolve_dtype
+    from vision_attn.diffusion.loading import SizeError, inspect_model, load
 
     info = inspect_model(model)
     defaults = ("frames", "height", "width", "steps", "guidance", "max_sequence_length")
@@ -100,11 +105,9 @@ def consistent(
     number = None if dtype == "auto" else dtype
     try:
         info.grid(*(settings[name] for name in ("frames", "height", "width")))
-        resolve_dtype(number, resolve_device(device), built_in=info.built_in)
     except SizeError as error:
         raise click.UsageError(f"--{error}") from error
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+    checked_device(device, dtype)
     still = settings["frames"] == 1 or not info.video
     need("PIL", *([] if still else ["av"]))
     names = [f"reference-{slug(words)}-{seed + i}" for i, words in enumerate(named)]

@@ -5,24 +5,26 @@ from typing import Any
 
 import click
 
+from vision_attn.apps.option_types import Choice, Whole
 from vision_attn.apps.pattern_options import GRID, PatternName, build_pattern, pattern_options
+from vision_attn.apps.run_options import json_option
 
 
 @click.command()
 @click.argument("pattern", type=PatternName(), metavar="PATTERN")
 @click.option("--grid", type=GRID, required=True, help="Sizes in tokens: L, H,W or T,H,W.")
-@click.option("--heads", type=click.IntRange(1), default=1, show_default=True, help="Attention heads.")
-@click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True, help="Channels per head.")
+@click.option("--heads", type=Whole(1), default=1, show_default=True, help="Attention heads.")
+@click.option("--head-dim", type=Whole(1), default=64, show_default=True, help="Channels per head.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
     help="May be absent here.",
 )
 @click.option("--advise", is_flag=True, help="neighborhood: also the nearest window and stride that need no masks.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 @pattern_options
 def explain(
     pattern: str,
@@ -53,7 +55,7 @@ def explain(
     import torch
 
     from vision_attn import explain as explain_pattern
-    from vision_attn.diffusion.loading import resolve_device
+    from vision_attn.devices import resolve_device
 
     # A machine can be asked about that is not this one, so only "auto" looks at the devices that are there.
     kind = resolve_device("auto").type if device == "auto" else device

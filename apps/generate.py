@@ -4,12 +4,17 @@ import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vision_attn.apps.option_types import FILES, Choice, Whole
 from vision_attn.apps.pattern_options import PatternName, check_options, pattern_options
-from vision_attn.apps.run_options import run_options
+from vision_attn.apps.run_options import checked_device, overwrite_option, pipeline_option, prompts_option, run_options
+
+if TYPE_CHECKING:
+    from vision_attn.apps.job import Job
+    from vision_attn.diffusion.loading import ModelInfo
 
 SEEDS = 2**32 - 1
 # Spelled out so that --help need not import torch; none is the untouched model.
@@ -18,10 +23,10 @@ EXTENDERS = ("ultravico", "riflex", "pi", "ntk", "yarn", "tasr", "none")
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("--prompts", "prompts_file", metavar="FILE", help="Text file with one prompt per line; - reads stdin.")
+@prompts_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="A diffusers pipeline; the built-in model unless given.")
+@overwrite_option
+@pipeline_option
 @click.option(
     "--attention",
     type=PatternName(),
@@ -30,22 +35,32 @@ EXTENDERS = ("ultravico", "riflex", "pi", "ntk", "yarn", "tasr", "none")
     metavar="NAME",
     help="Who sees whom; names above.",
 )
-@click.option("--preset", metavar="NAME_OR_FILE", help="Attention by a name of `vision-attn presets`, or from a file.")
-@click.option("--lora", metavar="PATH", help="A LoRA of that model: a safetensors file, or a folder with one.")
-@click.option("--dense-steps", type=click.IntRange(0), help="First steps that stay dense.")
-@click.option("--dense-layers", type=click.IntRange(0), help="First layers that stay dense.")
+@click.option(
+    "--preset",
+    metavar="NAME_OR_FILE",
+    shell_complete=FILES,
+    help="Attention by a name of `vision-attn presets`, or from a file.",
+)
+@click.option(
+    "--lora",
+    metavar="PATH",
+    shell_complete=FILES,
+    help="A LoRA of that model: a safetensors file, or a folder with one.",
+)
+@click.option("--dense-steps", type=Whole(0), help="First steps that stay dense.")
+@click.option("--dense-layers", type=Whole(0), help="First layers that stay dense.")
 @click.option("--compare", is_flag=True, help="Also draw with dense attention and the same noise, and compare.")
 @click.option("--frames", type=int, help="Frames of a video, 4n+1 for most models; 1 draws an image.")
 @click.option("--times", type=float, help="Length of the video, in times the length of the model's own.")
-@click.option("--extend", type=click.Choice(EXTENDERS), help="How --times is reached; ultravico unless given.")
+@click.option("--extend", type=Choice(EXTENDERS), help="How --times is reached; ultravico unless given.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--width", type=int, help="Pixels.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.")
+@click.option("--steps", type=Whole(1, 1000), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Strength of the prompt.")
 @click.option("--negative", metavar="TEXT", help="What to keep out.")
 @click.option(
     "--seed",
-    type=click.IntRange(0, SEEDS),
+    type=Whole(0, SEEDS),
     default=0,
     show_default=True,
     help="Of the first prompt; the next ones count up.",
@@ -94,54 +109,25 @@ def generate(
     texts = read_prompts(prompts, prompts_file)
     if seed + len(texts) - 1 > SEEDS:
         raise click.UsageError(f"--seed {seed} and {len(texts)} prompts count past {SEEDS}, the largest seed.")
-    guidance = typed["guidance"]
-    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-        raise click.UsageError(f"--guidance: got {guidance}; give a number of at least 0, usually 1 to 10.")
-    train_frames = options.pop("train_frames", None) if times is not None and attention != "length-decay" else None
-    check_options(attention, options)
-    extend = _extend(times, extend, typed["frames"], preset or ("" if attention == "dense" else attention))
-    if preset is not None and (attention != "dense" or options):
-        raise click.UsageError("--preset brings its own attention; leave --attention and its options out.")
-    if attention == "dense" and preset is None:
-        for name, value in (("--dense-steps", dense_steps), ("--dense-layers", dense_layers)):
-            if value is not None:
-                raise click.UsageError(f"{name} needs a sparse attention; add for example --attention radial.")
-        if compare and extend == "none":
-            raise click.UsageError("--compare needs a sparse attention; add for example --attention radial.")
-
     from vision_attn.apps import job as jobs
     from vision_attn.apps.files import check_new, writable_folder
-    from vision_attn.diffusion.loading import load, resolve_device, resolve_dtype
+    from vision_attn.diffusion.loading import load
 
-    job = jobs.plan(
-        model,
-        attention,
-        options,
-        typed,
-        dense_steps=dense_steps,
-        dense_layers=dense_layers,
-        with_dense=compare,
-        output=output,
-        preset=preset,
-        times=times,
-        extend=extend,
-        train_frames=train_frames,
-    )
+    job = plan(model, attention, preset, options, dense_steps, dense_layers, compare, times, extend, typed, output)
     number = None if dtype == "auto" else dtype
-    try:
-        resolve_dtype(number, resolve_device(device), built_in=job.info.built_in)
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+    checked_device(device, dtype)
     need("av", "PIL", *(["skimage"] if compare else []))
     writable_folder(output)
     check_new((path for at, text in enumerate(texts) for path in job.files(text, seed + at).values()), overwrite)
 
+    if lora is not None:
+        from vision_attn.diffusion.lora import load_lora, lora_file
+
+        lora_file(lora)  # said before a large model is loaded
     shown = sys.stderr.isatty() if progress is None else progress
     _loading_bars(shown)
     loaded = load(model, device=device, dtype=number)
     if lora is not None:
-        from vision_attn.diffusion.lora import load_lora
-
         load_lora(loaded.pipe, lora)
         job.described["lora"] = lora
     if job.info.built_in:
@@ -159,6 +145,55 @@ def generate(
         raise KeyboardInterrupt(f"{done}; nothing was left half-written in {output}.") from None
     if as_json:
         click.echo(jobs.dump({"results": records}))
+
+
+def plan(
+    model: "str | ModelInfo | None",
+    attention: str,
+    preset: str | None,
+    options: dict[str, Any],
+    dense_steps: int | None,
+    dense_layers: int | None,
+    compare: bool,
+    times: float | None,
+    extend: str | None,
+    typed: dict[str, Any],
+    output: Path,
+) -> "Job":
+    """What the options ask for, as a job; raises click.UsageError for those that do not go together, or not with the
+    model."""
+    guidance = typed["guidance"]
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+        raise click.UsageError(f"--guidance: got {guidance}; give a number of at least 0, usually 1 to 10.")
+    options = dict(options)
+    train_frames = options.pop("train_frames", None) if times is not None and attention != "length-decay" else None
+    check_options(attention, options)
+    extend = _extend(times, extend, typed["frames"], preset or ("" if attention == "dense" else attention))
+    if preset is not None and (attention != "dense" or options):
+        raise click.UsageError("--preset brings its own attention; leave --attention and its options out.")
+    if attention == "dense" and preset is None:
+        for name, value in (("--dense-steps", dense_steps), ("--dense-layers", dense_layers)):
+            if value is not None:
+                raise click.UsageError(f"{name} needs a sparse attention; add for example --attention radial.")
+        if compare and extend == "none":
+            raise click.UsageError("--compare needs a sparse attention; add for example --attention radial.")
+
+    from vision_attn.apps import job as jobs
+
+    return jobs.plan(
+        model,
+        attention,
+        options,
+        typed,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
+        with_dense=compare,
+        output=output,
+        preset=preset,
+        times=times,
+        extend=extend,
+        train_frames=train_frames,
+    )
 
 
 def _extend(times: float | None, extend: str | None, frames: int | None, attention: str) -> str:

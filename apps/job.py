@@ -43,7 +43,7 @@ class Job:
 
 
 def plan(
-    model: str | None,
+    model: str | ModelInfo | None,
     attention: str,
     typed_options: dict[str, Any],
     typed: dict[str, Any],
@@ -60,6 +60,7 @@ def plan(
     """Check sizes, pattern and schedule against the JSON files of the model.
 
     Args:
+        model: a folder or Hub id, None for the built-in model, or what `inspect_model` said of it.
         typed: frames, height, width, steps, guidance, negative as typed, None where the model decides.
         preset: name or file, in place of `attention`.
         times: length over the trained one, in place of frames.
@@ -70,7 +71,7 @@ def plan(
         LoadError: the model cannot be used.
         click.UsageError: a size the model cannot draw, a pattern that does not fit its grid, no sparse step left.
     """
-    info = inspect_model(model)
+    info = model if isinstance(model, ModelInfo) else inspect_model(model)
     defaults = {
         key: info.defaults.get(key) for key in ("frames", "height", "width", "steps", "guidance", "max_sequence_length")
     }
@@ -172,8 +173,28 @@ def run(
     """Draw a prompt, write its files, and return the record that the JSON file holds."""
     made = sample(loaded, prompt, seed, arguments, job.attachment, bar)
     dense = sample(loaded, prompt, seed, arguments, None, bar and f"{bar}, dense") if job.compare else None
+    embedded = describe(job, loaded, made, prompt, seed)
+    record = dict(embedded)
+    record["seconds"] = made.seconds
+    record["warmed_up"] = job.compare
+    record["report"] = made.reports.get("attention")
+    if "extension" in made.reports:
+        record["extend_report"] = made.reports["extension"]
+    if dense:
+        record["dense_seconds"] = dense.seconds
+        record["comparison"] = {"speedup": dense.seconds / made.seconds, **compare(dense.frames, made.frames)}
+    paths = job.files(prompt, seed)
+    record["files"] = {key: str(path) for key, path in paths.items()}
+    _write(job, paths, made, dense, embedded)
+    with atomic(paths["settings"]) as partial:
+        partial.write_text(dump(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def describe(job: Job, loaded: LoadedPipeline, made: Sample, prompt: str, seed: int) -> dict[str, Any]:
+    """What decides a picture: the settings that travel inside its file."""
     frames, height, width = made.frames.shape[:3]
-    record = {
+    return {
         "prompt": prompt,
         "seed": seed,
         **job.settings,
@@ -189,21 +210,6 @@ def run(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": versions(),
     }
-    embedded = dict(record)
-    record["seconds"] = made.seconds
-    record["warmed_up"] = job.compare
-    record["report"] = made.reports.get("attention")
-    if "extension" in made.reports:
-        record["extend_report"] = made.reports["extension"]
-    if dense:
-        record["dense_seconds"] = dense.seconds
-        record["comparison"] = {"speedup": dense.seconds / made.seconds, **compare(dense.frames, made.frames)}
-    paths = job.files(prompt, seed)
-    record["files"] = {key: str(path) for key, path in paths.items()}
-    _write(job, paths, made, dense, embedded)
-    with atomic(paths["settings"]) as partial:
-        partial.write_text(dump(record, indent=2) + "\n", encoding="utf-8")
-    return record
 
 
 def _write(job: Job, paths: dict[str, Path], made: Sample, dense: Sample | None, settings: dict[str, Any]) -> None:

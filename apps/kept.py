@@ -58,7 +58,8 @@ def kept(prompt: Any, length: int) -> torch.Tensor:
         if column.ndim == 2:
             column, here = column[:, None], here[:, None]
         heads = torch.zeros(*column.shape[:2], length, device=column.device)
-        found.append(heads.scatter_add(2, column, here.float()).clamp(max=1).mean(1))
+        here = here & (column >= 0)  # -1: a mean of what was dropped, or nothing
+        found.append(heads.scatter_add(2, column.clamp(min=0), here.float()).clamp(max=1).mean(1))
     return torch.stack(found).cpu()
 
 

@@ -20,16 +20,15 @@ Panels = list[tuple[list[str], np.ndarray]]
 
 def look(
     picture: np.ndarray,
+    model: torch.nn.Module,
     name: str,
-    device: torch.device,
     asked: dict[str, Any],
-    pattern: Any,
-    untrained: bool,
-    importance: bool,
-    bar: bool,
+    pattern: Any = None,
+    untrained: bool = False,
+    importance: bool = False,
+    bar: bool = False,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The numbers for JSON, and the sheet as uint8 RGB."""
-    model = _load(name, device, untrained)
     x, seen = model_input(picture, model)
     with contextlib.ExitStack() as stack:
         if pattern is not None:
@@ -59,7 +58,8 @@ def look(
     return result, drawn
 
 
-def _load(name: str, device: torch.device, untrained: bool) -> torch.nn.Module:
+def load(name: str, device: torch.device, untrained: bool) -> torch.nn.Module:
+    """A timm model in eval mode, with trained weights, or with random ones that are always the same."""
     if not untrained:
         return load_classifier(name, device)
     import timm

@@ -34,6 +34,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, settings: dict[str, 
         container.metadata["title"] = settings["prompt"]
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.width, stream.height = width, height
+        stream.codec_context.thread_count = 4  # the bytes depend on it; otherwise they would on the number of cores
         stream.pix_fmt = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # the first needs even sizes
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

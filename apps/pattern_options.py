@@ -1,11 +1,13 @@
 """The options of patterns on the command line, shared by every command that takes a pattern."""
 
-import difflib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from vision_attn.apps.option_types import nearest, offer
 
 if TYPE_CHECKING:
     from vision_attn.kernels.patterns import Pattern
@@ -36,14 +38,11 @@ EXAMPLES = {
 }
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """How a sentence about an unknown name ends: "; did you mean ...?", or a full stop when no name is close."""
-    close = difflib.get_close_matches(name, list(allowed), 1)
-    return f"; did you mean {close[0]}?" if close else "."
-
-
 class PatternName(click.ParamType):
     name = "attention"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return offer(*PATTERNS)(ctx, param, incomplete)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in PATTERNS:
@@ -109,7 +108,8 @@ _OPTIONS = [
     click.option("--sink", type=Sink(), is_flag=False, flag_value="yes", help="radial (without a number): every token "
                  "sees the first frame; power-step, streaming: first tokens that every token sees."),
     click.option("--no-sink", is_flag=True, help="radial: it does not."),
-    click.option("--rule", help="radial: token (exact) or block (as published)."),
+    click.option("--rule", shell_complete=offer("token", "block"), help="radial: token (exact) or block (as "
+                 "published)."),
     click.option("--thin", type=int, help="radial: far frames are skipped below this width; 0 keeps all."),
     click.option("--train-frames", type=int, help="length-decay, --times: latent frames the model was trained on."),
     click.option("--alpha", type=NUMBERS, help="length-decay: multiplier of distant scores; near,far with --shape."),
@@ -119,7 +119,8 @@ _OPTIONS = [
     click.option("--first-frame/--no-first-frame", default=None, help="length-decay: the first frame sees the trained "
                  "length only."),
     click.option("--center-keys/--no-center-keys", default=None, help="length-decay: subtract the mean key first."),
-    click.option("--shape", help="length-decay: constant, linear or parabolic."),
+    click.option("--shape", shell_complete=offer("constant", "linear", "parabolic"), help="length-decay: constant, "
+                 "linear or parabolic."),
 ]  # fmt: skip
 NAMES = tuple(dict.fromkeys(name for own in PATTERNS.values() for name in own))
 

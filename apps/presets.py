@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.option_types import Whole
 from vision_attn.apps.pattern_options import GRID
+from vision_attn.apps.run_options import json_option, overwrite_option
 
 if TYPE_CHECKING:
     from vision_attn.diffusion import Preset
@@ -16,12 +18,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("name", required=False)
 @click.option("--grid", type=GRID, help="The nearest setting for this many tokens: T,H,W, or H,W for images.")
-@click.option("--steps", type=click.IntRange(1), help="Carry the dense steps over to this many denoising steps.")
+@click.option("--steps", type=Whole(1), help="Carry the dense steps over to this many denoising steps.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the preset as JSON, to edit and to attach."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overwrite_option
+@json_option
 def presets(
     name: str | None,
     grid: tuple[int, ...] | None,

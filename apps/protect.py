@@ -6,19 +6,27 @@ from pathlib import Path
 
 import click
 
+from vision_attn.apps.option_types import FILES, Whole
+from vision_attn.apps.run_options import checked_device, device_option, json_option, overwrite_option, progress_option
+
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", shell_complete=FILES)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="The pipeline to protect from; the built-in one unless given.")
-@click.option("--eps", type=click.IntRange(1, 255), default=16, show_default=True, help="Largest change, of 255.")
-@click.option("--step", type=click.IntRange(1, 255), default=2, show_default=True, help="Change per step, of 255.")
-@click.option("--iterations", type=click.IntRange(1), default=40, show_default=True, help="Steps.")
+@overwrite_option
+@click.option(
+    "--model",
+    metavar="PATH_OR_HUB_ID",
+    shell_complete=FILES,
+    help="The pipeline to protect from; the built-in one unless given.",
+)
+@click.option("--eps", type=Whole(1, 255), default=16, show_default=True, help="Largest change, of 255.")
+@click.option("--step", type=Whole(1, 255), default=2, show_default=True, help="Change per step, of 255.")
+@click.option("--iterations", type=Whole(1), default=40, show_default=True, help="Steps.")
 @click.option("--away", is_flag=True, help="Push the latents away from the normal distribution, not into a point.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--progress/--no-progress", default=None, help="A bar on stderr; shown on a terminal unless said.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@device_option
+@progress_option
+@json_option
 def protect(
     images: tuple[str, ...],
     output: Path,
@@ -47,13 +55,10 @@ def protect(
 
     from vision_attn.apps.files import atomic, check_new, writable_folder
     from vision_attn.diffusion import protect_image
-    from vision_attn.diffusion.loading import load, resolve_device
+    from vision_attn.diffusion.loading import load
     from vision_attn.images import read_image
 
-    try:
-        resolve_device(device)
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+    checked_device(device)
     paths = {name: output / f"{Path(name).stem}.protected.png" for name in images}
     if len(set(paths.values())) < len(images):
         raise click.UsageError("two images have the same name, and would be written to the same file.")

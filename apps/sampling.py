@@ -100,17 +100,42 @@ def sample(
     Raises:
         RuntimeError: the model produced numbers that are no picture.
     """
+    return sample_batch(loaded, [prompt], [seed], arguments, attachment, bar)[0]
+
+
+def sample_batch(
+    loaded: LoadedPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    arguments: dict[str, Any],
+    attachment: Attachment | None = None,
+    bar: str = "",
+) -> list[Sample]:
+    """`sample` of several prompts in one call, each with its own noise; seconds are the share of one.
+
+    A prompt in a batch is the picture that it is alone up to rounding, not bit for bit.
+    """
     loaded.pipe.set_progress_bar_config(disable=not bar, desc=bar)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    one = len(prompts) == 1
     start = time.perf_counter()
     with (attachment or Attachment()).attached(loaded.pipe) as runs:
-        out = loaded.pipe(prompt, generator=generator, output_type="np", **arguments)
+        out = loaded.pipe(
+            prompts[0] if one else prompts,
+            generator=generators[0] if one else generators,
+            output_type="np",
+            **arguments,
+        )
     reports = {name: run.report.to_dict() for name, run in runs.items()}
-    seconds = time.perf_counter() - start
-    pixels = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[:1], dtype=np.float32)
-    if not np.isfinite(pixels).all():
-        raise RuntimeError(f"the model produced NaN in {loaded.dtype}; use --dtype float32 or bfloat16")
-    return Sample((pixels.clip(0, 1) * 255).round().astype(np.uint8), seconds, reports)
+    seconds = (time.perf_counter() - start) / len(prompts)
+    clips = out.frames if hasattr(out, "frames") else [image[None] for image in out.images]
+    made = []
+    for clip in clips:
+        pixels = np.asarray(clip, dtype=np.float32)
+        if not np.isfinite(pixels).all():
+            raise RuntimeError(f"the model produced NaN in {loaded.dtype}; use --dtype float32 or bfloat16")
+        made.append(Sample((pixels.clip(0, 1) * 255).round().astype(np.uint8), seconds, reports))
+    return made
 
 
 def warm_up(

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.files import PICTURES, atomic, check_ending, check_new
 from vision_attn.apps.pattern_options import GRID, PatternName, build_pattern, pattern_options
+from vision_attn.apps.run_options import json_option, overwrite_option
 
 
 @click.command()
@@ -15,8 +16,8 @@ from vision_attn.apps.pattern_options import GRID, PatternName, build_pattern, p
 @click.option("--grid", type=GRID, required=True, help="Sizes in tokens: L, H,W or T,H,W.")
 @click.option("--query", type=GRID, help="Coordinates of the query; the middle unless given.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@overwrite_option
+@json_option
 @pattern_options
 def show(
     pattern: str,
@@ -36,8 +37,7 @@ def show(
       vision-attn show neighborhood --window 7 --grid 16,16 --query 3,5 -o neighborhood.png
       vision-attn show radial --decay 0.2 --grid 21,45,80 -o radial.png
     """
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png, .svg or .pdf.")
+    check_ending(output, *PICTURES)
     built = build_pattern(pattern, options, grid)
     if query is not None and (len(query) != len(grid) or not all(0 <= q < n for q, n in zip(query, grid, strict=True))):
         raise click.UsageError(f"--query {query} is not on the grid {grid}; count from 0, one number per axis.")

@@ -6,8 +6,28 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.files import atomic, check_new
+from vision_attn.apps.files import PICTURES, atomic, check_ending, check_new
+from vision_attn.apps.option_types import Choice, Whole, offer
 from vision_attn.apps.pattern_options import GRID, PatternName, build_pattern, pattern_options
+from vision_attn.apps.run_options import json_option, overwrite_option
+
+
+class Counts(click.ParamType):
+    """Whole numbers in a range, separated by commas."""
+
+    name = "N,N,..."
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and self.least <= int(part) <= self.most for part in parts):
+            self.fail(f"got {value!r}; give whole numbers from {self.least} to {self.most}, such as 2,8.", param, ctx)
+        return tuple(int(part) for part in parts)
+
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -15,19 +35,23 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.command()
 @click.option("--grid", type=GRID, help="Sizes in tokens: L, H,W or T,H,W.")
 @click.option("--pattern", type=PatternName(), default="neighborhood", show_default=True, help="Who sees whom.")
-@click.option("--heads", type=click.IntRange(1), default=1, show_default=True, help="Attention heads, times the batch.")
-@click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True, help="Channels per head.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the inputs; the first of the profile unless given.")
+@click.option("--heads", type=Whole(1), default=1, show_default=True, help="Attention heads, times the batch.")
+@click.option("--head-dim", type=Whole(1), default=128, show_default=True, help="Channels per head.")
+@click.option("--dtype", type=Choice(DTYPES), help="Of the inputs; the first of the profile unless given.")
 @click.option(
     "--device",
     default="h100",
     show_default=True,
+    shell_complete=offer("h100", "here", file=True),
     help="Whose time to predict: h100, here (this machine, once measured) or a profile, FILE.json.",
+)
+@click.option(
+    "--ranks", type=Counts(2, 1024), help="Also the bytes that moving keys over so many ranks takes, such as 2,8,1024."
 )
 @click.option("--measure", "measured", is_flag=True, help="First measure this machine and keep its profile.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture of the bounds: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@overwrite_option
+@json_option
 @pattern_options
 def simulate(
     grid: tuple[int, ...] | None,
@@ -36,6 +60,7 @@ def simulate(
     head_dim: int,
     dtype: str | None,
     device: str,
+    ranks: tuple[int, ...] | None,
     measured: bool,
     output: Path | None,
     overwrite: bool,
@@ -52,6 +77,7 @@ def simulate(
     Examples:
       vision-attn simulate --grid 30,48,80 --window 18,24,24 --stride 1 --heads 24
       vision-attn simulate --pattern radial --decay 0.2 --grid 18,48,80 --heads 24
+      vision-attn simulate --grid 21,45,80 --window 9,15,24 --heads 40 --ranks 2,8,40,1024
       vision-attn simulate --measure --device here --grid 64,64 --window 13 --heads 4 --head-dim 64
     """
     if grid is None and not measured:
@@ -62,8 +88,7 @@ def simulate(
     if output is not None:
         if grid is None:
             raise click.UsageError("-o draws the bounds of a grid; give --grid")
-        if output.suffix not in (".png", ".svg", ".pdf"):
-            raise click.UsageError(f"-o: got {output.name!r}; the name must end in .png, .svg or .pdf.")
+        check_ending(output, *PICTURES)
         check_new([output], overwrite)
     if measured:
         device = _measure(device, overwrite)
@@ -85,8 +110,29 @@ def simulate(
 
         with atomic(output) as partial:
             draw_bounds(answer, partial)
-    picture = {"picture": str(output)} if output else {}
-    click.echo(json.dumps(answer.to_dict() | picture) if as_json else "\n".join([str(answer), *picture.values()]))
+    plain, lines = answer.to_dict(), [str(answer)]
+    if ranks:
+        over, text = _over_ranks(built, grid, ranks, heads=heads, head_dim=head_dim, dtype=answer.dtype)
+        plain["over_ranks"] = over
+        lines += ["", text]
+    if output is not None:
+        plain["picture"] = str(output)
+        lines.append(str(output))
+    click.echo(json.dumps(plain) if as_json else "\n".join(lines))
+
+
+def _over_ranks(pattern: Any, grid: tuple[int, ...], ranks: tuple[int, ...], **options: Any) -> tuple[dict, str]:
+    """Bytes moved per number of ranks, as plain values and as text."""
+    import dataclasses
+
+    from vision_attn.kernels.traffic import as_text, stops_paying, volumes
+
+    try:
+        found, stop = volumes(pattern, grid, ranks, **options), stops_paying(pattern, grid, **options)
+    except ValueError as error:
+        raise click.UsageError(f"--ranks: {error}") from error
+    rows = [dataclasses.asdict(v) | {"least": v.least} for v in found]
+    return {"rows": rows, "ulysses_moves_less_from": stop}, as_text(found, stop)
 
 
 def _measure(device: str, overwrite: bool) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from vision_attn.apps.run_options import run_options
+from vision_attn.apps.option_types import FILES, Real, Whole
+from vision_attn.apps.run_options import checked_device, overwrite_option, run_options
 
 SEEDS = 2**32 - 1
 
@@ -15,32 +16,39 @@ SEEDS = 2**32 - 1
 @click.command()
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there; without it they are an error.")
+@overwrite_option
 @click.option("--video", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Enlarge this one.")
-@click.option("--times", type=click.IntRange(1), help="Size as a multiple of the small video's; 2 unless given.")
-@click.option("--height", type=click.IntRange(1), help="Pixels; goes with --width instead of --times.")
-@click.option("--width", type=click.IntRange(1), help="Pixels.")
+@click.option("--times", type=Whole(1), help="Size as a multiple of the small video's; 2 unless given.")
+@click.option("--height", type=Whole(1), help="Pixels; goes with --width instead of --times.")
+@click.option("--width", type=Whole(1), help="Pixels.")
 @click.option(
     "--strength",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     default=0.7,
     show_default=True,
     help="Share of the steps that run again at the new size; less keeps to the small video.",
 )
 @click.option(
     "--cache-steps",
-    type=click.IntRange(0),
+    type=Whole(0),
     default=2,
     show_default=True,
     help="Every how many steps the global copy is computed; 0: in every call, about twice as slow.",
 )
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="A Wan pipeline; the built-in model unless given.")
-@click.option("--frames", type=click.IntRange(1), help="Frames of the small video, 4n+1 for most models.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps of the whole schedule.")
-@click.option("--guidance", type=click.FloatRange(0), help="Strength of the prompt.")
-@click.option("--shift", type=click.FloatRange(0, min_open=True), help="Flow shift at the new size.")
+@click.option(
+    "--cache-device",
+    metavar="DEVICE",
+    help="Where what the global copy got from the text waits for the steps between; cpu spares a GPU's memory.",
+)
+@click.option(
+    "--model", metavar="PATH_OR_HUB_ID", shell_complete=FILES, help="A Wan pipeline; the built-in model unless given."
+)
+@click.option("--frames", type=Whole(1), help="Frames of the small video, 4n+1 for most models.")
+@click.option("--steps", type=Whole(1, 1000), help="Denoising steps of the whole schedule.")
+@click.option("--guidance", type=Real(0), help="Strength of the prompt.")
+@click.option("--shift", type=Real(0, min_open=True), help="Flow shift at the new size.")
 @click.option("--negative", metavar="TEXT", help="What to keep out.")
-@click.option("--seed", type=click.IntRange(0, SEEDS), default=0, show_default=True, help="Of all noise.")
+@click.option("--seed", type=Whole(0, SEEDS), default=0, show_default=True, help="Of all noise.")
 @click.option(
     "--checkpoint",
     type=click.Path(file_okay=False, path_type=Path),
@@ -56,6 +64,7 @@ def upscale(
     height: int | None,
     width: int | None,
     cache_steps: int,
+    cache_device: str | None,
     model: str | None,
     device: str,
     dtype: str,
@@ -83,7 +92,7 @@ def upscale(
 
     from vision_attn.apps.files import check_new, slug, writable_folder
     from vision_attn.apps.generate import _loading_bars, _warn_of_words, need
-    from vision_attn.diffusion.loading import SizeError, inspect_model, load, resolve_device, resolve_dtype
+    from vision_attn.diffusion.loading import SizeError, inspect_model, load, resolve_device
 
     info = inspect_model(model)
     if info.family.name != "Wan":
@@ -91,11 +100,13 @@ def upscale(
     number = None if dtype == "auto" else dtype
     try:
         info.grid(typed["frames"], height, width)
-        resolve_dtype(number, resolve_device(device), built_in=info.built_in)
     except SizeError as error:
         raise click.UsageError(f"--{error}") from error
+    checked_device(device, dtype)
+    try:
+        cache_device = cache_device and str(resolve_device(cache_device))
     except ValueError as error:
-        raise click.UsageError(f"--{error}") from error
+        raise click.UsageError(f"--cache-device: {error}") from error
     need("av", "PIL")
     clip = None if video is None else read_video(video)
     writable_folder(output)
@@ -111,7 +122,8 @@ def upscale(
     if info.built_in:
         _warn_of_words(loaded, [prompt, typed["negative"] or ""])
     settings = {
-        "prompt": prompt, "video": video and str(video), "cache_steps": cache_steps or None, **typed,
+        "prompt": prompt, "video": video and str(video), "cache_steps": cache_steps or None,
+        "cache_device": cache_device, **typed,
         "checkpoint": None if typed["checkpoint"] is None else str(typed["checkpoint"]),
     }  # fmt: skip
     record = draw(loaded, clip, height, width, times or 2, settings, paths, shown)
@@ -134,12 +146,48 @@ def draw(
     shown: bool,
 ) -> dict[str, Any]:
     """Make the video, write its files, and return the record that the JSON file holds."""
-    import torch
-
     from vision_attn.apps import media
     from vision_attn.apps.files import atomic
-    from vision_attn.apps.job import dump, versions
-    from vision_attn.diffusion import upscale_video
+    from vision_attn.apps.job import dump
+
+    start = time.perf_counter()
+    record, large, small, report = enlarge(loaded, clip, height, width, times, settings, shown)
+    seconds = time.perf_counter() - start
+    write_videos(paths["video"], paths["small video"], large, small, record)
+    rows = {
+        f"small, {small.shape[1]} x {small.shape[2]}": small,
+        f"upscaled, {record['height']} x {record['width']}": large,
+    }
+    media.write_sheet(paths["sheet"], rows, f"{settings['prompt']} (seed {settings['seed']})")
+    record |= {"seconds": seconds, "report": report}
+    record["files"] = {kind: str(path) for kind, path in paths.items()}
+    with atomic(paths["settings"]) as partial:
+        partial.write_text(dump(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def write_videos(path: Path, small_path: Path, large: Any, small: Any, record: dict[str, Any]) -> None:
+    """Both videos with the settings in them."""
+    from vision_attn.apps import media
+
+    media.write_video(small_path, small, record["fps"], record | {"height": small.shape[1], "width": small.shape[2]})
+    media.write_video(path, large, record["fps"], record)
+
+
+def enlarge(
+    loaded: Any,
+    clip: Any | None,
+    height: int | None,
+    width: int | None,
+    times: int,
+    settings: dict[str, Any],
+    shown: bool,
+) -> tuple[dict[str, Any], Any, Any, dict[str, Any]]:
+    """Settings that travel inside the files, frames of the large and of the small video, and the report."""
+    import torch
+
+    from vision_attn.apps.job import versions
+    from vision_attn.diffusion import FreeSwim, upscale_video
     from vision_attn.diffusion.native import native
 
     info, pipe = loaded.info, loaded.pipe
@@ -150,7 +198,6 @@ def draw(
             raise click.UsageError("the size this model was trained on is not known; give --height and --width.")
         height, width = (side * times for side in small)
     call = {key: info.defaults[key] for key in ("max_sequence_length",) if key in info.defaults}
-    start = time.perf_counter()
     made = upscale_video(
         pipe,
         settings["prompt"] if clip is None else clip,
@@ -160,12 +207,12 @@ def draw(
         negative_prompt=settings["negative"],
         generator=torch.Generator("cpu").manual_seed(settings["seed"]),
         progress=shown,
+        method=FreeSwim(cache_steps=settings["cache_steps"], cache_device=settings.get("cache_device")),
         **{name: settings[name] for name in (
-            "strength", "cache_steps", "frames", "steps", "guidance", "shift", "checkpoint"
+            "strength", "frames", "steps", "guidance", "shift", "checkpoint"
         )},
         **call,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
     large, small = ((frames[0] * 255).round().astype("uint8") for frames in (made.frames, made.base))
     record = {
         **settings, "frames": len(large), "height": height, "width": width,
@@ -173,17 +220,7 @@ def draw(
         "model": "built-in shapes-video" if info.built_in else info.source, "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."), "versions": versions(),
     }  # fmt: skip
-    media.write_video(paths["video"], large, record["fps"], record)
-    media.write_video(
-        paths["small video"], small, record["fps"], record | {"height": small.shape[1], "width": small.shape[2]}
-    )
-    rows = {f"small, {small.shape[1]} x {small.shape[2]}": small, f"upscaled, {height} x {width}": large}
-    media.write_sheet(paths["sheet"], rows, f"{settings['prompt']} (seed {settings['seed']})")
-    record |= {"seconds": seconds, "report": made.report.to_dict()}
-    record["files"] = {kind: str(path) for kind, path in paths.items()}
-    with atomic(paths["settings"]) as partial:
-        partial.write_text(dump(record, indent=2) + "\n", encoding="utf-8")
-    return record
+    return record, large, small, made.report.to_dict()
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -195,6 +232,17 @@ def describe(record: dict[str, Any]) -> str:
     lines.append(f"  {'attention':<13} freeswim, local copy {one['density']:.1%} of the query-key pairs")
     lines.append(f"  {'seconds':<13} {record['seconds']:.2f}")
     return "\n".join(lines)
+
+
+def first_frame(path: Path) -> Any:
+    """The first frame, uint8 `[height, width, 3]`; raises ValueError when no video can be read from the file."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError, ValueError, OSError, StopIteration) as error:
+        raise ValueError(f"{path}: no video can be read from it ({error})") from error
 
 
 def read_video(path: Path) -> Any:

@@ -43,7 +43,7 @@ def test_a_question_and_a_caption(capsys):
 def test_the_answers_are_those_of_attach(loaded, tmp_path, capsys):
     """Side by side, with the report, from a file."""
     capsys.readouterr()
-    picture, _ = answering._draw_example(5, loaded)
+    picture, _ = answering.draw_example(5, loaded)
     Image.fromarray(picture).save(tmp_path / "in.png")
     argv = ["caption", str(tmp_path / "in.png"), "--prune", "fastv", "--keep", "0.1", "--set", "layer=1", "--compare"]
     printed = json.loads(run([*argv, "--json"], capsys))
@@ -80,7 +80,7 @@ def test_what_stays_is_bright(loaded, tmp_path, capsys):
     argv = ["ask", "example:3", RED, "--prune", "uniform", "--keep", "0.25", "--compare", "-o", str(out)]
     assert run(argv, capsys).splitlines()[-1] == str(out)
     drawn = cv2.imread(str(out))[..., ::-1]
-    picture, _ = answering._draw_example(3, loaded)
+    picture, _ = answering.draw_example(3, loaded)
     inputs = loaded.inputs(picture, RED)
     first = int((inputs["input_ids"][0] == loaded.model.config.image_token_id).nonzero()[0])
     with mllm.attach(loaded.model, mllm.UniformPrune(keep=0.25)) as attached:
@@ -101,14 +101,14 @@ def test_columns_that_layers_and_heads_hold():
     column = torch.tensor([[0, 1, 2, 4]])  # the first is none: rows are right-aligned
     valid = torch.tensor([[False, True, True, True]])
     both = Tokens(column, valid, valid)
-    heads = Tokens(torch.tensor([[[0, 4], [2, 4]]]), torch.ones(1, 2, 2, dtype=torch.bool), None)
+    heads = Tokens(torch.tensor([[[0, 4, -1], [2, 4, -1]]]), torch.ones(1, 2, 3, dtype=torch.bool), None)
     prompt = type("Prompt", (), {"cached": [both, heads]})
     assert kept.kept(prompt, 5).tolist() == [[[0, 1, 1, 0, 1]], [[0.5, 0, 0.5, 0, 1]]]
 
 
 def test_the_row_that_is_drawn_is_the_models():
     loaded = load()  # its own: the attention function is changed
-    picture, _ = answering._draw_example(0, loaded)
+    picture, _ = answering.draw_example(0, loaded)
     inputs = loaded.inputs(picture, RED)
     row = kept.last_row(loaded, inputs)
     assert "vision_attn" not in loaded.model.config.get_text_config()._attn_implementation
@@ -124,7 +124,7 @@ def test_a_picture_for_every_family(vlm, monkeypatch):
     asked = Loaded(vlm.build(), SimpleNamespace(batch_decode=lambda ids, **_: ["words"]), "random")
     inputs, shown = vlm.inputs([[3, "image", 4]]), []
     monkeypatch.setattr(kept, "dimmed", lambda seen, share: shown.append(share) or seen)
-    answers = [answering._answer(asked, inputs, methods, 2) for methods in ((), (mllm.UniformPrune(keep=4),))]
+    answers = [answering.reply(asked, inputs, methods, 2) for methods in ((), (mllm.UniformPrune(keep=4),))]
     drawn = cv2.imdecode(
         np.frombuffer(kept.draw(asked, np.zeros((24, 48, 3), np.uint8), inputs, "words", answers), "u1"), 1
     )
@@ -133,7 +133,7 @@ def test_a_picture_for_every_family(vlm, monkeypatch):
 
 
 def test_the_picture_as_the_model_sees_it(loaded):
-    picture, _ = answering._draw_example(0, loaded)
+    picture, _ = answering.draw_example(0, loaded)
     assert np.array_equal(kept.as_seen(loaded, picture, loaded.inputs(picture, RED)), picture)
 
 
@@ -146,7 +146,7 @@ REFUSED = {
     "keep of nothing": ([*ASK, "--keep", "0.2"], ["--keep needs a method"]),
     "keep of a steering method": ([*ASK, "--method", "vcd", "--keep", "0.2"], ["--keep needs a method"]),
     "keep zero": ([*ASK, "--prune", "fastv", "--keep", "0"], ["keep=0", "above 0 and up to 1.0"]),
-    "keep in words": ([*ASK, "--prune", "fastv", "--keep", "few"], ["keep='few'"]),
+    "keep in words": ([*ASK, "--prune", "fastv", "--keep", "few"], ["fastv: keep takes float | int; got 'few'"]),
     "no such option": ([*ASK, "--prune", "fastv", "--set", "alpha=1"], ["none of the methods", "'alpha'"]),
     "no such option by name": ([*ASK, "--prune", "fastv", "--set", "fastv.alpha=1"], ["no option 'alpha'", "layer"]),
     "option of another": ([*ASK, "--prune", "fastv", "--set", "vcd.alpha=1"], ["NAME.OPTION=VALUE"]),

@@ -354,7 +354,7 @@ def test_folders_are_tried_before_the_work(tmp_path, capsys, monkeypatch):
 def test_no_gpu_and_no_such_subcommand(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "kernels", "--device", "cuda"]) == 2
-    assert "no CUDA GPU here; use cpu or auto" in capsys.readouterr().err
+    assert "sees no CUDA GPU; use cpu or auto" in capsys.readouterr().err
     assert main(["bench", "kernel"]) == 2
     assert "'kernel'" in capsys.readouterr().err
     assert main(["bench", "kernels", "--help"]) == 0

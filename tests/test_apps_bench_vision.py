@@ -94,10 +94,10 @@ def test_json(capsys):
     "options, message",
     [
         (["--sides", "14,x"], "got '14,x'"),
-        (["--sides", "1"], "numbers from 2 on"),
-        (["--layers", "nope"], "unknown 'nope'; allowed: dense"),
+        (["--sides", "1"], "give whole numbers from 2 to 4096"),
+        (["--layers", "nope"], "unknown 'nope'. Allowed: dense"),
         (["-o", "a.txt"], "must end in .png"),
-        (["--rounds", "0"], "0 is not in the range"),
+        (["--rounds", "0"], "--rounds: got 0; give a whole number, at least 1."),
     ],
 )
 def test_bad_options(options, message, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from test_apps_usage import assert_one_message
 from vision_attn.apps.cli import main
 from vision_attn.clip import WEIGHTS
 from vision_attn.shapes import render, sample_scene
+from vision_attn.shapes.stills import LABELS, label_of, sample_still
 
 
 def picture(shape, color, side=48):
@@ -38,6 +39,15 @@ def test_names_what_is_in_every_picture(images, capsys):
     lines = capsys.readouterr().out.splitlines()
     for line, (name, label) in zip(lines, files.items(), strict=True):
         assert line.startswith(f"{images / name}  {label} ") and line.count("%") == 3
+
+
+def test_examples_are_pictures_that_the_models_know(capsys, tmp_path):
+    assert main(["classify", "example:1", "example:2", "example:7"]) == 0
+    for number, line in zip((1, 2, 7), capsys.readouterr().out.splitlines(), strict=True):
+        scene = sample_still(np.random.default_rng((9, number)), height=96, width=96)
+        assert line.startswith(f"example:{number}  {LABELS[label_of(scene)]} ")
+    assert main(["attention", "example:1", "-o", str(tmp_path / "maps.png")]) == 0
+    assert json.loads((tmp_path / "maps.json").read_text())["label"] == "white square"
 
 
 @pytest.mark.parametrize("model", ["biformer_shapes", "clip_shapes", str(WEIGHTS.parent / "nat_shapes"), str(WEIGHTS)])

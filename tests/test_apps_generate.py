@@ -290,7 +290,15 @@ def test_ctrl_c_in_the_middle_of_a_run(model, tmp_path):
     argv = ["a red circle", "--model", model, "-o", str(tmp_path), "--steps", "1000", "--progress", "--device", "cpu"]
     command = [sys.executable, "-m", "vision_attn.apps", "generate", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell in the background ignores it
+    )
     try:
         seen, deadline = b"", time.monotonic() + 240
         while b"3/1000" not in seen and time.monotonic() < deadline:

@@ -122,7 +122,7 @@ def test_warming_up_does_not_stay_dense():
         (["--times", "nan"], "times must be at least 1"),
         (["--times", "2", "--frames", "5"], "both say how long the video is"),
         (["--extend", "pi"], "--extend goes with --times"),
-        (["--times", "2", "--extend", "riflx"], "'riflx' is not one of 'ultravico'"),
+        (["--times", "2", "--extend", "riflx"], "--extend: got 'riflx'; did you mean riflex? Allowed: ultravico, "),
         (["--times", "2", "--attention", "radial"], "same attention as radial; add --extend with one of riflex, pi"),
         (["--times", "2", "--preset", "a.json"], "same attention as a.json"),
         (["--times", "900", "--extend", "none"], "has positions for 256 latent frames; got 1800"),

@@ -54,6 +54,11 @@ def test_files_and_settings(model, tmp_path, capsys):
 
     assert upscale(model, tmp_path, "--seed", "3") == 1
     assert "already there; add --overwrite" in capsys.readouterr().err
+    assert record["report"]["method"]["cache_device"] is None
+    assert upscale(model, tmp_path, "--seed", "3", "--cache-device", "tpu") == 2
+    assert "--cache-device" in capsys.readouterr().err
+    assert upscale(model, tmp_path, "--seed", "4", "--cache-device", "cpu", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["report"]["method"]["cache_device"] == "cpu"
     assert upscale(model, tmp_path, "--seed", "3", "--overwrite", "--cache-steps", "0") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "a red circle (seed 3, 1 frames, 16 x 16 -> 32 x 32)" and "freeswim, local copy" in lines[5]

@@ -71,14 +71,14 @@ USAGE = {
     "frames zero": ([*GENERATE, "--frames", "0"], ["--frames: got 0", "1 and 5"]),
     "height": ([*GENERATE, "--height", "50"], ["--height: got 50", "multiple of 16", "48 and 64"]),
     "width": ([*GENERATE, "--width", "-48"], ["--width: got -48", "multiple of 16"]),
-    "steps": ([*GENERATE, "--steps", "0"], ["--steps", "0 is not in the range"]),
-    "seed negative": ([*GENERATE, "--seed", "-1"], ["--seed", "-1 is not in the range"]),
-    "seed huge": ([*GENERATE, "--seed", "4294967296"], ["--seed", "not in the range"]),
+    "steps": ([*GENERATE, "--steps", "0"], ["--steps: got 0; give a whole number, at least 1 and at most 1000."]),
+    "seed negative": ([*GENERATE, "--seed", "-1"], ["--seed: got -1", "at least 0"]),
+    "seed huge": ([*GENERATE, "--seed", "4294967296"], ["--seed: got 4294967296", "at most 4294967295"]),
     "seed counts past the end": (
         ["generate", "a", "b", "-o", "{out}", "--seed", "4294967295"],
         ["2 prompts count past"],
     ),
-    "seed no number": ([*GENERATE, "--seed", "1.5"], ["--seed", "'1.5'"]),
+    "seed no number": ([*GENERATE, "--seed", "1.5"], ["--seed: got 1.5", "a whole number"]),
     "guidance nan": ([*GENERATE, "--guidance", "nan"], ["--guidance: got nan"]),
     "guidance negative": ([*GENERATE, "--guidance", "-1"], ["--guidance: got -1.0"]),
     "dtype": ([*GENERATE, "--dtype", "float8"], ["--dtype: got 'float8'", "float32, bfloat16, float16"]),
@@ -92,9 +92,53 @@ USAGE = {
     "show: query rank": ([*SHOW, "--grid", "8,8", "--window", "3", "--query", "3"], ["--query (3,)"]),
     "show: kind": (["show", "dense", "--grid", "8,8", "-o", "{out}/x.txt"], ["'x.txt'", ".png, .svg or .pdf"]),
     "show: radial on a line": (["show", "radial", "--grid", "64", "-o", "{out}/x.png"], ["(frames, h, w)"]),
+    "batch: no output": (["batch", "jobs.jsonl"], ["'-o'"]),
+    "batch: no jobs": (["batch", "{out}/none.csv", "-o", "{out}/x"], ["none.csv", "No such file"]),
+    "batch: kind of file": (["batch", "jobs.xlsx", "-o", "{out}/x"], ["'jobs.xlsx'", ".jsonl, .csv or .txt"]),
+    "batch: unknown column": (["batch", "-", "-o", "{out}/x", "--set", "stepps=3"], ["stepps", "did you mean steps?"]),
     "explain: heads": (["explain", "dense", "--grid", "8,8", "--heads", "0"], ["--heads"]),
     "explain: dtype": (["explain", "dense", "--grid", "8,8", "--dtype", "int8"], ["--dtype: got 'int8'", "float64"]),
-    "explain: device": (["explain", "dense", "--grid", "8,8", "--device", "gpu"], ["--device", "'gpu'", "'cuda'"]),
+    "explain: device": (
+        ["explain", "dense", "--grid", "8,8", "--device", "gpu"],
+        ["--device: got 'gpu'. Allowed: auto, cpu, cuda."],
+    ),
+    "batch: address alone": (
+        ["batch", "-", "-o", "{out}/x", "--address", "auto"],
+        ["--address is that of a Ray cluster", "add --engine ray"],
+    ),
+    "batch: ray and one GPU": (
+        ["batch", "-", "-o", "{out}/x", "--engine", "ray", "--device", "cuda:0"],
+        ["--device cuda:0", "use auto, cuda or cpu"],
+    ),
+    "batch: engine": (["batch", "-", "-o", "{out}/x", "--engine", "locl"], ["'locl'; did you mean local?", "ray"]),
+    "batch: shard": (["batch", "-", "-o", "{out}/x", "--shard", "2/2"], ["--shard: got '2/2'", "0/2 and 1/2"]),
+    "upscale: guidance": (["upscale", "a", "-o", "{out}", "--guidance", "nan"], ["--guidance: got nan", "at least 0"]),
+    "upscale: strength": (["upscale", "a", "-o", "{out}", "--strength", "nan"], ["--strength: got nan", "at most 1"]),
+    "upscale: shift": (["upscale", "a", "-o", "{out}", "--shift", "inf"], ["--shift: got inf", "above 0"]),
+    "calibrate: guidance": (
+        ["calibrate", "a", "-o", "{out}/p.json", "--guidance", "nan"],
+        ["--guidance: got nan", "at least 0"],
+    ),
+    "calibrate: device": (["calibrate", "a", "-o", "{out}/p.json", "--device", "tpu"], ["--device: got 'tpu'", "cuda"]),
+    "consistent: guidance": (
+        ["consistent", "a", "--subject", "a", "-o", "{out}", "--guidance", "nan"],
+        ["--guidance: got nan", "at least 0"],
+    ),
+    "consistent: seed": (
+        ["consistent", "a", "--subject", "a", "-o", "{out}", "--seed", "4294967295"],
+        ["--seed: 4294967295", "2 pictures count past"],
+    ),
+    "app: device": (["app", "--device", "tpu"], ["--device: got 'tpu'", "auto, cpu, cuda"]),
+    "app: dtype": (["app", "--dtype", "int8"], ["--dtype: got 'int8'", "bfloat16"]),
+    "app: tab": (["app", "patern"], ["'patern'; did you mean patterns?", "results"]),
+    "bench kernels: csv a folder": (
+        ["bench", "kernels", "--csv", "{out}"],
+        ["--csv:", "is a folder; name a file in it"],
+    ),
+    "bench vision: sides": (["bench", "vision", "--sides", "999999"], ["--sides: got '999999'", "from 2 to 4096"]),
+    "bench diffusion: parts": (["bench", "diffusion", "--parts", "clip"], ["'clip'; did you mean clips?", "growth"]),
+    "bench mllm: no methods": (["bench", "mllm", "--methods", ","], ["--methods: got ','", "separated by commas"]),
+    "completion: nothing": (["completion"], ["SHELL", "Allowed: bash, zsh, fish", "For example: "]),
 }
 
 
@@ -110,7 +154,7 @@ def assert_one_message(code, capsys, expected, parts):
     out, err = capsys.readouterr()
     assert code == expected, err
     assert out == ""
-    assert err.startswith("Error: ") and err.count("\n") <= 2 and "Traceback" not in err
+    assert err.startswith("Error: ") and err.count("\n") <= 3 and "Traceback" not in err
     assert all(part in err for part in parts), err
 
 
@@ -227,7 +271,7 @@ def test_the_command_itself_version_and_usage():
     done = run_cli("--version")
     assert done.returncode == 0 and done.stdout.strip() == f"vision-attn, version {vision_attn.__version__}"
     done = run_cli("generate", "a red circle")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 2
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 3
 
 
 def test_help_does_not_import_torch():
