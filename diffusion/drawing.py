@@ -14,7 +14,7 @@ from vision_attn.diffusion.attachment import attach
 from vision_attn.diffusion.calibration import calibrate
 from vision_attn.diffusion.card import fresh_prompts
 from vision_attn.diffusion.clips import Cache, caption
-from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size
+from vision_attn.diffusion.comparison import PLAIN, SIZES, TRUTH, Row, Size, rows
 from vision_attn.diffusion.consistent import consistent_images
 from vision_attn.diffusion.loading import load
 from vision_attn.diffusion.lora import load_lora
@@ -53,8 +53,10 @@ class Artist:
         ways |= {TRUTH: self._truth, "draw": self._draw, "calibrate": self._calibrate, "consistent": self._consistent}
         ways |= {"edit": self._edit, "lora": self._lora, "picture": self._picture}
         before = 0.0
+        if size.name in ("1x", "edit") and row.name not in (TRUTH, PLAIN):
+            self._plain(size, prompt, seed)  # for the PSNR
         if row.way in ("resize", "upscale"):
-            self._base(prompt, seed)
+            self._plain(SIZES["1x"], prompt, seed)
             before = self.cache.record(SIZES["1x"], Row(PLAIN), prompt, seed)["seconds"]
         elif row.way == "calibrate":
             self._preset(size, row)
@@ -123,19 +125,20 @@ class Artist:
             self._presets[key] = calibrate(self.pipe, prompts, **row.options, **_sizes(size), **self.call).preset
         return self._presets[key]
 
-    def _base(self, prompt: int, seed: int) -> np.ndarray:
-        first = (SIZES["1x"], Row(PLAIN), prompt, seed)
-        if not self.cache.has(*first):
-            self.draw(*first)
-        return self.cache.video(*first)
+    def _plain(self, size: Size, prompt: int, seed: int) -> np.ndarray:
+        """The clip of the untouched model at a size."""
+        clip = (size, rows(size)[1], prompt, seed)
+        if not self.cache.drawn(*clip):
+            self.draw(*clip)
+        return self.cache.video(*clip)
 
     def _resize(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, None]:
-        frames = torch.from_numpy(self._base(prompt, seed)).permute(0, 3, 1, 2).float() / 255
+        frames = torch.from_numpy(self._plain(SIZES["1x"], prompt, seed)).permute(0, 3, 1, 2).float() / 255
         large = torch.nn.functional.interpolate(frames, (size.side, size.side), mode="bilinear")
         return large.permute(0, 2, 3, 1).numpy(), None
 
     def _upscale(self, size: Size, row: Row, prompt: int, seed: int, text: str) -> tuple[np.ndarray, float]:
-        return self._again(self._base(prompt, seed), size, row.method, prompt, seed, text, **row.options)
+        return self._again(self._plain(SIZES["1x"], prompt, seed), size, row.method, prompt, seed, text, **row.options)
 
     def _again(
         self, video: np.ndarray, size: Size, method: Any, prompt: int, seed: int, text: str, strength: float

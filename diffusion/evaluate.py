@@ -3,8 +3,9 @@
     python -m vision_attn.diffusion.evaluate --cache CACHE
 
 A folder keeps every clip that was drawn, so that a run goes on where the last one stopped, and two may run side by
-side. The table is written from what the folder holds, and says how many clips stand behind each row: RESULTS.md,
-results/evaluation.json and results/evaluation.png beside this file.
+side. What was measured on them goes into results/clips.csv beside this file, so that another machine can go on without
+the folder. RESULTS.md, results/evaluation.json and results/evaluation.png are written from both, and say how many clips
+stand behind each row.
 """
 
 from __future__ import annotations
@@ -57,12 +58,17 @@ def main(argv: list[str] | None = None) -> None:
         known = sorted({row.name for size in args.sizes for row in rows(SIZES[size])})
         parser.error(f"no row is called like {' or '.join(args.rows)}; there are: {', '.join(known)}")
     torch.set_num_threads(args.threads)
-    cache = Cache(args.cache, args.model, args.steps)
+    cache = Cache(args.cache, args.model, args.steps, args.out / "results" / "clips.csv")
+
+    def missing(size: Size, row: Row, prompt: int, seed: int) -> bool:
+        shown = (prompt, seed) == (0, 0)  # in the picture, which needs the clip itself
+        return not (cache.drawn if shown else cache.has)(size, row, prompt, seed)
+
     if not args.table:
-        missing = [clip for clip in clips(args.sizes, args.rows, args.prompts, args.seeds) if not cache.has(*clip)]
-        artist = Artist(cache, args.model) if missing else None
-        for clip in tqdm(missing, desc="clips", disable=None):
-            if not cache.has(*clip):  # another run may have drawn it meanwhile
+        wanted = [clip for clip in clips(args.sizes, args.rows, args.prompts, args.seeds) if missing(*clip)]
+        artist = Artist(cache, args.model) if wanted else None
+        for clip in tqdm(wanted, desc="clips", disable=None):
+            if missing(*clip):  # another run may have drawn it meanwhile
                 artist.draw(*clip)
     changed = [name for name in ("prompts", "seeds", "steps") if getattr(args, name) != parser.get_default(name)]
     command = " ".join(["--cache CACHE", *(f"--{name} {getattr(args, name)}" for name in changed)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ def summarize(cache: Cache, prompts: int, seeds: int) -> list[dict[str, Any]]:
     """One dict per row that has clips: means with their standard errors, and differences over the clips in common."""
     found = []
     for size in SIZES.values():
-        records = {row.name: dict(_records(cache, size, row, prompts, seeds)) for row in rows(size)}
+        records = {
+            row.name: {clip[2:]: cache.record(*clip) for clip in _known(cache, size, row, prompts, seeds)}
+            for row in rows(size)
+        }
         truth = {
             name: float(np.mean(values)) for name in MEASURES if (values := _values(name, records[TRUTH].values()))
         }
@@ -51,11 +54,9 @@ def summarize(cache: Cache, prompts: int, seeds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _records(cache: Cache, size: Size, row: Row, prompts: int, seeds: int) -> Iterator[tuple[tuple, dict]]:
-    for seed in range(seeds):
-        for prompt in range(prompts):
-            if cache.has(size, row, prompt, seed):
-                yield (prompt, seed), cache.record(size, row, prompt, seed)
+def _known(cache: Cache, size: Size, row: Row, prompts: int, seeds: int) -> list[tuple[Size, Row, int, int]]:
+    clips = [(size, row, prompt, seed) for seed in range(seeds) for prompt in range(prompts)]
+    return [clip for clip in clips if cache.has(*clip)]
 
 
 def _values(name: str, clips: Iterable[dict]) -> list[float]:
@@ -98,9 +99,11 @@ def differences(clips: dict, others: dict, truth: dict[str, float]) -> dict[str,
 
 
 def write(out: Path, cache: Cache, prompts: int, seeds: int, command: str) -> str:
-    """Write RESULTS.md, results/evaluation.json and results/evaluation.png; says what was written."""
+    """Write RESULTS.md and results/clips.csv, evaluation.json and evaluation.png; says what was written."""
+    known = [clip for size in SIZES.values() for row in rows(size) for clip in _known(cache, size, row, prompts, seeds)]
     found = {"command": command, "steps": cache.steps, "rows": summarize(cache, prompts, seeds)}
     (out / "results").mkdir(parents=True, exist_ok=True)
+    _replace(out / "results" / "clips.csv", cache.scores_table(known).encode())
     _replace(out / "results" / "evaluation.json", (json.dumps(found, indent=1) + "\n").encode())
     _replace(out / "RESULTS.md", page(found).encode())
     sheet(out / "results" / "evaluation.png", cache)
@@ -213,7 +216,7 @@ def sheet(path: Path, cache: Cache) -> None:
     from PIL import Image, ImageDraw, ImageFont
 
     side, gap, line, frames = 56, 2, 15, 6
-    columns = {size: [row for row in rows(size) if cache.has(size, row, 0, 0)] for size in SIZES.values()}
+    columns = {size: [row for row in rows(size) if cache.drawn(size, row, 0, 0)] for size in SIZES.values()}
     columns = {size: shown for size, shown in columns.items() if shown}
     if not columns:
         return

@@ -1,5 +1,6 @@
 """The table of methods: what is measured, what it is compared with, and that runs go on where they stopped."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -225,6 +226,40 @@ def test_an_interrupted_run_goes_on_and_draws_nothing_twice(once, monkeypatch):
     page = (folder / "out" / "RESULTS.md").read_text()
     assert page == results.page(found) and "too few clips" in page
     assert "--cache CACHE --prompts 1 --seeds 1 --steps 2\n" in page and str(folder) not in page
+
+
+def test_a_run_goes_on_from_the_scores_alone(once, tmp_path, monkeypatch):
+    """Where the folder of clips is lost, only what the picture shows is drawn again, and nothing is lost."""
+    folder, command = once
+    out, scores = folder / "out", folder / "out" / "results" / "clips.csv"
+    evaluate.main([*command, "--seeds", "2"])
+    drawn, draw = [], drawing.Artist.draw
+
+    def lines(seed):
+        with open(scores, newline="") as file:
+            return [line for line in csv.DictReader(file) if line["seed"] == str(seed)]
+
+    def counted(self, size, row, prompt, seed):
+        drawn.append((row.name, seed))
+        draw(self, size, row, prompt, seed)
+
+    second = lines(1)
+    monkeypatch.setattr(drawing.Artist, "draw", counted)
+    again = [str(tmp_path) if word == str(folder / "cache") else word for word in command]
+    evaluate.main([*again, "--seeds", "2"])
+    names = [TRUTH, PLAIN, "neighborhood", "random, as dense as neighborhood"]
+    assert drawn == [(name, 0) for name in names]
+    found = {one["row"]: one for one in json.loads((out / "results" / "evaluation.json").read_text())["rows"]}
+    assert [found[name]["clips"] for name in names] == [2] * 4 and found["neighborhood"]["psnr"][1] is not None
+
+    evaluate.main([*again, "--seeds", "3", "--rows", names[-1]])
+    assert drawn[4:] == [(names[-1], 2), (PLAIN, 2)], "PSNR needs the plain clip"
+    assert {line["row"]: bool(line["psnr"]) for line in lines(2)} == {names[-1]: True, PLAIN: False}
+
+    evaluate.main([*again, "--table"])
+    assert len(second) == 4 and lines(1) == second, "scores of other clips stay"
+    monkeypatch.setattr(clips, "_MEASURED_BY", "something else")
+    assert not clips.Cache(tmp_path / "none", BUILT_IN, 2, scores).has(SIZES["1x"], Row(PLAIN), 0, 0)
 
 
 def test_the_noise_of_a_clip_is_that_of_its_prompt_and_seed(once, tmp_path):
