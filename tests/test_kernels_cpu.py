@@ -13,7 +13,7 @@ import torch
 
 from vision_attn import BlockList, Dense, Halo, Neighborhood, Radial, SlidingTile, Window, attend, explain
 from vision_attn.kernels.backends import cpu
-from vision_attn.kernels.native import build, lines
+from vision_attn.kernels.native import blocks, build, lines
 from vision_attn.kernels.patterns import Circle, Separable
 from vision_attn.kernels.patterns.base import plain_axis
 from vision_attn.kernels.problem import Problem
@@ -63,6 +63,14 @@ def by_lines(monkeypatch):
     calls, plan = [], lines.plan
     monkeypatch.setattr(lines, "faster", lambda *args: True)
     monkeypatch.setattr(lines, "plan", lambda *args: calls.append(args) or plan(*args))
+    return calls
+
+
+@pytest.fixture
+def of_few(monkeypatch):
+    """The calls of the form for blocks of few queries."""
+    calls, form = [], blocks.FewBlocks
+    monkeypatch.setattr(blocks, "FewBlocks", lambda *args: calls.append(args) or form(*args))
     return calls
 
 
@@ -314,13 +322,66 @@ def test_the_same_in_every_run(threads):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+def listed(grid, block, lead=(), share=0.4):
+    """Random lists, of which some are empty."""
+    tokens = torch.Size(grid).numel()
+    return BlockList.from_mask(torch.rand(*lead, *(-(-tokens // b) for b in block)) < share, block)
+
+
+@pytest.mark.parametrize("grid, head_dim, value_dim, block, lead, share", [
+    ((14, 14), 32, 32, (4, 4), (2, 4), 0.1),
+    ((13, 17), 17, 16, (3, 5), (4,), 0.3),
+    ((5, 7, 9), 40, 48, (8, 1), (1, 4), 0.1),
+    ((301,), 16, 80, (1, 40), (2, 1), 0.6),  # many keys, and more vectors of a value than registers hold
+    ((9, 11), 8, 112, (7, 2), (), 1.0),
+    ((3, 2), 64, 64, (5, 6), (2, 4), 1.0),
+    ((40, 100), 16, 16, (8, 1000), (), 1.0),
+], ids=str)  # fmt: skip
+def test_blocks_of_few_queries(threads, of_few, monkeypatch, grid, head_dim, value_dim, block, lead, share):
+    pattern = listed(grid, block, lead, share)
+    for lanes in compare(monkeypatch, pattern, grid, head_dim, value_dim):
+        assert len(of_few) == (block[0] <= min(8, lanes) and value_dim % lanes == 0)
+        of_few.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_of_few_queries_are_read_in_place(path, of_few, dtype):
+    """Also where the last axis is not contiguous, or a tensor is one that repeats."""
+    pattern, packed = listed((6, 10), (4, 6), (2, 4)), torch.randn(2, 6, 10, 3, 4, 16).to(dtype)
+    across = torch.randn(2, 6, 16, 10, 4).to(dtype).movedim(2, -1)
+    for q, k, v in (
+        packed.unbind(3),
+        (across, packed[:, :, :, 0], across.roll(1, 1)),
+        (packed[:1, :1, :1, 0].expand(2, 6, 10, 4, 16),) * 3,
+    ):
+        out = attend(q, k, v, pattern, backend="cpu")
+        tolerance = 1e-5 if dtype == torch.float32 else 0.01
+        torch.testing.assert_close(out.double(), reference(q, k, v, pattern), rtol=tolerance, atol=tolerance)
+    assert len(of_few) == 3
+
+
+def test_when_lists_are_not_for_few(of_few):
+    """Queries that need a test, or tokens off the grid, are left to the other form; a block that is too large, too."""
+    q, k, v, extra = torch.randn(4, 1, 64, 2, 16)
+    eye = torch.eye(16) > 0
+    for pattern in (BlockList.from_mask(eye, 4, within=Neighborhood(3)), BlockList.from_mask(torch.eye(4) > 0, 16)):
+        attend(q, k, v, pattern, backend="cpu")
+    attend(q, k, v, BlockList.from_mask(eye, 4), extra_kv=(extra, extra), backend="cpu")
+    assert not of_few
+    attend(q, k, v, BlockList.from_mask(eye, 4), backend="cpu")
+    assert len(of_few) == 1 or build.instruction_set() == "portable"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["key", "value"])
 @pytest.mark.parametrize(
     "pattern, biased",
-    [(Neighborhood(5), False), (Neighborhood(5), True), (BlockList.from_mask(torch.eye(8) > 0, 18), False)],
-    ids=["boxes", "boxes with bias", "blocks"],
-)
+    [
+        (Neighborhood(5), False), (Neighborhood(5), True), (BlockList.from_mask(torch.eye(8) > 0, 18), False),
+        (BlockList.from_mask(torch.eye(36) > 0, 4), False),
+    ],
+    ids=["boxes", "boxes with bias", "blocks", "few"],
+)  # fmt: skip
 def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern, biased):
     q, k, v = torch.randn(3, 1, 12, 12, 2, 16)
     bias = torch.randn(2, 9, 9) if biased else None
@@ -335,12 +396,13 @@ def test_a_bad_token_reaches_only_those_who_see_it(path, which, bad, pattern, bi
         assert not out[0, sees, 1].isfinite().any()
 
 
-def test_rows_that_see_nothing(path):
+@pytest.mark.parametrize("block", [4, 8, 32])
+def test_rows_that_see_nothing(path, block):
     seen = torch.zeros(4, 4, dtype=torch.bool)
     seen[1, 2] = True
-    q, k, v = (torch.randn(1, 32, 1, 8, requires_grad=True) for _ in range(3))
-    out, lse = attend(q, k, v, BlockList.from_mask(seen, 8), return_lse=True, backend="cpu")
-    blind = torch.arange(32) // 8 != 1
+    q, k, v = (torch.randn(1, 4 * block, 1, 16, requires_grad=True) for _ in range(3))
+    out, lse = attend(q, k, v, BlockList.from_mask(seen, block), return_lse=True, backend="cpu")
+    blind = torch.arange(4 * block) // block != 1
     assert not out[0, blind].any() and (lse[0, blind] == -torch.inf).all() and lse[0, ~blind].isfinite().all()
     grads = torch.autograd.grad(out.sum() + lse[0, ~blind].sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads) and not grads[0][0, blind].any()

@@ -1,5 +1,6 @@
-// Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h and gradient.h for the arithmetic.
+// Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h, few.h and gradient.h for the arithmetic.
 #include "bias.h"
+#include "few.h"
 #include "gradient.h"
 #include "lines.h"
 
@@ -182,6 +183,8 @@ int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
 }
 
 int vision_attn_forward_lines(const Call* call, const Lines* lines) { return forward_lines(*call, *lines); }
+
+int vision_attn_forward_few(const Call* call, const FewBlocks* blocks) { return forward_few(*call, *blocks); }
 
 int vision_attn_backward_boxes(const Call* call, const Boxes* boxes) {
     return boxes->vectors == 2 ? backward<2, BoxSource<2>>(*call, *boxes) : backward<1, BoxSource<1>>(*call, *boxes);

@@ -10,8 +10,11 @@ import math
 import torch
 
 from ..patterns import Blocked, BlockList
+from .lines import Rows
 
 AT_ONCE = 2**22  # pairs of tokens tested at a time
+FEW = 8  # queries in a block, as in few.h
+MOST_KEYS = 4096
 
 
 class Blocks(ctypes.Structure):
@@ -24,12 +27,25 @@ class Blocks(ctypes.Structure):
     ]
 
 
+class FewBlocks(ctypes.Structure):
+    """As in few.h."""
+
+    _fields_ = [("blocks", Blocks), ("key", Rows), ("value", Rows)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The structure for C, and the tensors it points into."""
 
     structure: Blocks
     tensors: list[torch.Tensor]
+
+    def few(self, lanes: int, value_dim: int) -> bool:
+        """Whether the form of few.h can take the lists, and was measured to be faster: blocks of at most `FEW` queries
+        and without tests, not too many keys for a cache, and rows of values that are whole vectors."""
+        form = self.structure
+        short = form.query <= min(FEW, lanes) and form.slots * form.key <= MOST_KEYS
+        return short and not form.mask and value_dim % lanes == 0
 
 
 def plan(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:

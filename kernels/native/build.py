@@ -44,8 +44,8 @@ PATIENCE = 300  # seconds after which a compiler, or another process that builds
 _MARK = b"vision-attn sha256 "
 
 _lock = threading.Lock()
-_loaded: dict[str, ctypes.CDLL] = {}  # by instruction set
-_failed: dict[str, str] = {}
+_loaded: dict[str, ctypes.CDLL] = {}  # by what the switch says
+_failed: dict[str, str] = {}  # by instruction set
 
 
 def instruction_set() -> str:
@@ -64,6 +64,8 @@ def _widest() -> str:
 def missing() -> list[str]:
     """Why there is no kernel here: switched off, no compiler, or the build failed. Does not build."""
     asked = os.environ.get(SWITCH, "")
+    if asked in _loaded:
+        return []
     if asked == "0":
         return [f"switched off by {SWITCH}=0"]
     if asked not in ("", "1", *PATHS):
@@ -74,7 +76,7 @@ def missing() -> list[str]:
         return [_failed[instruction_set()]]
     if sys.platform == "win32":
         return ["the kernel does not build on Windows"]
-    if instruction_set() not in _loaded and compiler() is None and not any(_cached_by_anyone()):
+    if compiler() is None and not any(_cached_by_anyone()):
         return ["no C++ compiler found (tried CXX, c++, g++, clang++); install one, for example g++"]
     return []
 
@@ -89,17 +91,19 @@ def compiler() -> tuple[str, ...] | None:
 
 def library() -> ctypes.CDLL:
     """The loaded kernel; compiles it first where that was not done yet. Raises RuntimeError with the reason."""
+    asked = os.environ.get(SWITCH, "")
+    if asked in _loaded:
+        return _loaded[asked]
     with _lock:
         if reasons := missing():
             raise RuntimeError(f"no CPU kernel: {'; '.join(reasons)}")
-        name = instruction_set()
-        if name not in _loaded:
+        if asked not in _loaded:
             try:
-                _loaded[name] = _declare(ctypes.CDLL(str(_find() or _build())))
+                _loaded[asked] = _declare(ctypes.CDLL(str(_find() or _build())))
             except (OSError, subprocess.SubprocessError) as error:  # not tried again in this process
-                _failed[name] = f"the CPU kernel could not be built: {error}"
-                raise RuntimeError(_failed[name]) from error
-        return _loaded[name]
+                _failed[instruction_set()] = f"the CPU kernel could not be built: {error}"
+                raise RuntimeError(_failed[instruction_set()]) from error
+        return _loaded[asked]
 
 
 def load() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import threading
 
@@ -36,15 +37,23 @@ class Call(ctypes.Structure):
 
 def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, lse: bool):
     """Output and, if asked for, log-sum-exp, both float32. Shapes as in `attend`."""
-    q = _ready(q)
-    out = q.new_empty(*q.shape[:-1], problem.value_dim)
-    sums = q.new_empty(q.shape[:-1]) if lse else None
-    if lines.chosen(problem, library().vision_attn_lanes()):
-        _call("forward", problem, scale, None, q, of_lines=(_ready(k), _ready(v)), out=out, lse=sums, bias=bias)
+    q, lanes = _ready(q), library().vision_attn_lanes()
+    given = dict(out=q.new_empty(*q.shape[:-1], problem.value_dim), lse=q.new_empty(q.shape[:-1]) if lse else None)
+    if lines.chosen(problem, lanes):
+        k, v = _ready(k), _ready(v)  # what the form points to stays until the call is over
+        form = lines.plan(problem.pattern, problem.grid, lanes).structure(k, v)
+        _call("forward_lines", form, problem, scale, q, bias=bias, **given)
+        return given["out"], given["lse"]
+    kind, plan = _plan(problem, lanes)
+    if kind == "blocks" and not problem.extra and plan.few(lanes, problem.value_dim):
+        q, k, v = (_ready(t.flatten(1, -3)) for t in (q, k, v))
+        form = blocks.FewBlocks(plan.structure, lines.Rows.of(k), lines.Rows.of(v))
+        _call("forward_few", form, dataclasses.replace(problem, grid=(problem.tokens,)), scale, q, **given)
     else:
         keys, values = _packed(k, v, extra_kv)
-        _call("forward", problem, scale, extra_mask, q, keys=keys, values=values, out=out, lse=sums, bias=bias)
-    return out, sums
+        given |= dict(visible=extra_mask, bias=bias, keys=keys, values=values)
+        _call(f"forward_{kind}", plan.structure, problem, scale, q, **given)
+    return given["out"], given["lse"]
 
 
 def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, lse, d_out, d_lse) -> list:
@@ -57,7 +66,9 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, 
     outer = dict(d_out=d_out.float().contiguous(), d_lse=None if d_lse is None else d_lse.float().contiguous())
     d_bias = None if bias is None else torch.zeros(bias.shape)
     kept = dict(keys=keys, values=values, out=out, lse=lse, bias=bias, d_bias=d_bias)
-    _call("backward", problem, scale, extra_mask, like, **kept, **outer, d_q=d_q, d_keys=d_keys, d_values=d_values)
+    kept |= dict(visible=extra_mask, d_q=d_q, d_keys=d_keys, d_values=d_values)
+    kind, plan = _plan(problem, library().vision_attn_lanes())
+    _call(f"backward_{kind}", plan.structure, problem, scale, like, **kept, **outer)
     tokens = problem.tokens
     by_grid = [
         d[:, :, :tokens, : t.shape[-1]].transpose(1, 2).reshape(t.shape) for d, t in ((d_keys, k), (d_values, v))
@@ -99,27 +110,27 @@ def _room(count: int) -> torch.Tensor:
     return _kept.room[:count]
 
 
-def _call(name: str, problem: Problem, scale: float, extra_mask, q, of_lines=None, **tensors) -> None:
-    """`of_lines`: keys and values as they are, for the form that reads them so."""
+def _plan(problem: Problem, lanes: int) -> tuple[str, boxes.Plan | blocks.Plan]:
+    """Which of the two forms that can do everything, and the lists it needs."""
+    if isinstance(problem.pattern, Separable):
+        return "boxes", boxes.plan(problem.pattern, problem.grid, problem.heads // problem.kv_heads, lanes)
+    return "blocks", blocks.plan(problem.pattern, problem.grid, lanes)
+
+
+def _call(name: str, form: ctypes.Structure, problem: Problem, scale: float, q: torch.Tensor, **tensors) -> None:
+    """`form`: what the function takes besides the call; `tensors`: fields of the call, None where there are none."""
     lib, lanes = library(), library().vision_attn_lanes()
-    tensors["visible"] = None if extra_mask is None else extra_mask.contiguous()
-    group, pad = problem.heads // problem.kv_heads, 3 - len(problem.grid)
-    relative = {}
+    if tensors.get("visible") is not None:
+        tensors["visible"] = tensors["visible"].contiguous()
+    pad, relative = 3 - len(problem.grid), {}
     if tensors.get("bias") is not None:
         tensors["bias"] = tensors["bias"].float().contiguous()
         tensors["place"], relative = boxes.places(problem.pattern, problem.grid)
     call = Call(
-        problem.batch, problem.kv_heads, group, torch.get_num_threads(), (1,) * pad + problem.grid, problem.extra,
-        problem.head_dim, problem.value_dim, *(-(-d // lanes) * lanes for d in (problem.head_dim, problem.value_dim)),
-        scale, lines.Rows.of(q), **relative,
+        problem.batch, problem.kv_heads, problem.heads // problem.kv_heads, torch.get_num_threads(),
+        (1,) * pad + problem.grid, problem.extra, problem.head_dim, problem.value_dim,
+        *(-(-d // lanes) * lanes for d in (problem.head_dim, problem.value_dim)), scale, lines.Rows.of(q), **relative,
         **{n: t.data_ptr() for n, t in tensors.items() if t is not None},
     )  # fmt: skip
-    if of_lines:
-        kind, plan = "lines", lines.plan(problem.pattern, problem.grid, lanes)
-    elif isinstance(problem.pattern, Separable):
-        kind, plan = "boxes", boxes.plan(problem.pattern, problem.grid, group, lanes)
-    else:
-        kind, plan = "blocks", blocks.plan(problem.pattern, problem.grid, lanes)
-    structure = plan.structure(*of_lines) if of_lines else plan.structure
-    if getattr(lib, f"vision_attn_{name}_{kind}")(ctypes.byref(call), ctypes.byref(structure)):
+    if getattr(lib, f"vision_attn_{name}")(ctypes.byref(call), ctypes.byref(form)):
         raise MemoryError("the CPU kernel ran out of memory")

@@ -13,10 +13,8 @@ from vision_attn.kernels.patterns import BlockList, Dense
 __all__ = ["BiLevelRoutingAttention", "routed_attention"]
 
 FORMS = ("legacy", "nchw")
-SMALL = 256  # tokens up to which lists of tiny blocks take longer on a CPU than one masked call,
-MANY = 1024  # and tokens in all images from which copies take less time than that,
-FEW = 8  # if no more than one region of that many is seen
-AT_ONCE = 2**20  # numbers copied at a time
+SMALL = 256  # tokens up to which one masked call takes less time than lists of tiny blocks,
+MANY = 2048  # unless the images have that many queries in all heads, and the lists run in the CPU kernel
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -89,9 +87,13 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[1], x.shape[2]
         x = fitting(x, self.dim, self.regions, self.form == "legacy", self.auto_pad)
-        qkv = self.qkv(x)
-        out = routed_attention(qkv, self.num_heads, self.regions, self.topk, self.mask_padding, self.fused_attn)
-        local = self.lepe(qkv[..., 2 * self.dim :].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        down, across = x.shape[1], x.shape[2]
+        tokens = self.qkv(by_region(x, self.regions))  # what goes in is a third of what comes out
+        out = attention_of_regions(
+            tokens, down, across, self.num_heads, self.regions, self.topk, self.mask_padding, self.fused_attn
+        )
+        values = by_map(tokens[..., 2 * self.dim :], down, across, self.regions)
+        local = self.lepe(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.proj((out + local)[:, :height, :width]))
 
 
@@ -134,35 +136,72 @@ def routed_attention(
     >>> routed_attention(torch.randn(1, 14, 14, 3 * 64), num_heads=2, regions=7, topk=4).shape
     torch.Size([1, 14, 14, 64])
     """
-    batch, height, width, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
-    h, w = max(height // regions, 1), max(width // regions, 1)
-    down, across = -(-height // h), -(-width // w)
-    tokens = _by_region(qkv, h, w)
-    index = _choose(tokens, height, width, h, w, topk)
-    q, k, v = tokens.view(batch, down * across * h * w, 3, num_heads, dim // num_heads).unbind(2)
-    if mask_padding and (down * h > height or across * w > width):
-        q, k = _hide_padding(q, k, height, width, h, w)
-    scale = dim**-0.5
-    if fused and not torch.jit.is_scripting():
-        out = _by_blocks(q, k, v, index, h * w, scale)
-    else:
-        out = _by_copies(q, k, v, index, h * w, scale)
-    out = out.reshape(batch, down, across, h, w, dim).transpose(2, 3)
-    return out.reshape(batch, down * h, across * w, dim)[:, :height, :width]
+    tokens = by_region(qkv, regions)
+    return attention_of_regions(tokens, qkv.shape[1], qkv.shape[2], num_heads, regions, topk, mask_padding, fused)
 
 
-def _by_region(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Map `[batch, height, width, channels]` to `[batch, regions, h * w, channels]`, padded with zeros."""
-    batch, height, width, channels = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+@register_notrace_function
+def by_region(x: torch.Tensor, regions: int) -> torch.Tensor:
+    """Map `[batch, height, width, channels]` to `[batch, regions, tokens, channels]`, padded with zeros."""
+    height, width = x.shape[1], x.shape[2]
+    h, w = _size(height, width, regions)
     below, right = -height % h, -width % w
     if below + right > 0:
         x = F.pad(x, (0, 0, 0, right, 0, below))
-    x = x.view(batch, (height + below) // h, h, (width + right) // w, w, channels)
-    return x.transpose(2, 3).reshape(batch, -1, h * w, channels)
+    x = x.view(x.shape[0], (height + below) // h, h, (width + right) // w, w, x.shape[3])
+    return x.transpose(2, 3).reshape(x.shape[0], -1, h * w, x.shape[5])
+
+
+@register_notrace_function
+def by_map(x: torch.Tensor, height: int, width: int, regions: int) -> torch.Tensor:
+    """`by_region` undone, padding taken off."""
+    h, w = _size(height, width, regions)
+    down, across = -(-height // h), -(-width // w)
+    x = x.reshape(x.shape[0], down, across, h, w, x.shape[-1]).transpose(2, 3)
+    return x.reshape(x.shape[0], down * h, across * w, x.shape[-1])[:, :height, :width]
+
+
+@register_notrace_function
+def attention_of_regions(
+    tokens: torch.Tensor,
+    height: int,
+    width: int,
+    num_heads: int,
+    regions: int,
+    topk: int,
+    mask_padding: bool = False,
+    fused: bool = True,
+) -> torch.Tensor:
+    """`routed_attention` of the map of that size whose regions `by_region` made; what is in padding counts as 0."""
+    batch, count, size, dim = tokens.shape[0], tokens.shape[1], tokens.shape[2], tokens.shape[3] // 3
+    h, w = _size(height, width, regions)
+    padded = count * size > height * width
+    if padded:
+        tokens = tokens * _real(tokens, height, width, regions)
+    index = _choose(tokens, height, width, h, w, topk)
+    q, k, v = tokens.view(batch, count * size, 3, num_heads, dim // num_heads).unbind(2)
+    if mask_padding and padded:  # one more channel makes keys of padding invisible
+        hidden = (_real(tokens, height, width, regions).view(1, -1, 1, 1) - 1) * 30000  # near the end of half precision
+        q, k = torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, hidden.expand_as(k[..., :1])], -1)
+    scale = dim**-0.5
+    if fused and not torch.jit.is_scripting():
+        out = _by_blocks(q, k, v, index, size, scale)
+    else:
+        out = _by_copies(q, k, v, index, size, scale)
+    return by_map(out.reshape(batch, count, size, dim), height, width, regions)
+
+
+def _real(like: torch.Tensor, height: int, width: int, regions: int) -> torch.Tensor:
+    """1 for tokens and 0 for padding, `[1, regions, tokens, 1]`."""
+    return by_region(torch.ones(1, height, width, 1, dtype=like.dtype, device=like.device), regions)
+
+
+def _size(height: int, width: int, regions: int) -> tuple[int, int]:
+    return max(height // regions, 1), max(width // regions, 1)
 
 
 def _choose(tokens: torch.Tensor, height: int, width: int, h: int, w: int, topk: int) -> torch.Tensor:
-    """The regions that each region sees, `[batch, regions, topk]`; `tokens` are those of `_by_region`."""
+    """The regions that each region sees, `[batch, regions, topk]`; `tokens` are those of `by_region`."""
     means = tokens.detach()[..., : tokens.shape[-1] // 3 * 2].mean(2)
     if height % h + width % w > 0:  # means of real tokens only; a region has one at least
         rows, columns = torch.arange(height), torch.arange(width)
@@ -172,29 +211,24 @@ def _choose(tokens: torch.Tensor, height: int, width: int, h: int, w: int, topk:
     return (q @ k.transpose(1, 2)).topk(min(topk, k.shape[1]), dim=-1, sorted=False)[1]
 
 
-def _hide_padding(
-    q: torch.Tensor, k: torch.Tensor, height: int, width: int, h: int, w: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys with one more channel, which makes keys of padding invisible."""
-    real = torch.ones(1, height, width, 1, dtype=k.dtype, device=k.device)
-    hidden = (_by_region(real, h, w).view(1, -1, 1, 1) - 1) * 30000  # near the end of half precision
-    return torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, hidden.expand_as(k[..., :1])], -1)
+class _Chosen(BlockList):
+    """Lists that came out of `topk`: nothing can be wrong with them, and to look takes a fifth of a small call."""
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        pass
 
 
 def _by_blocks(q, k, v, index, block: int, scale: float):
     batch, regions, topk = index.shape
     if topk == regions:
         return attend(q, k, v, Dense(), scale=scale)
-    if q.shape[1] <= SMALL:
-        if q.device.type == "cpu" and batch * q.shape[1] >= MANY and topk * FEW <= regions:
-            with torch.autocast("cpu", enabled=False):
-                return _by_few_copies(q, k, v, index, block, scale)
+    if q.shape[1] <= SMALL and (q.device.type != "cpu" or batch * q.shape[1] * q.shape[2] < MANY):
         mask = q.new_full((batch, regions, regions), -torch.inf).scatter(-1, index, 0.0)
         mask = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     index = index.to(torch.int32)[:, None]
-    return attend(q, k, v, BlockList(block, index, torch.full_like(index[..., 0], topk)), scale=scale)
+    return attend(q, k, v, _Chosen(block, index, torch.full_like(index[..., 0], topk)), scale=scale)
 
 
 def _by_copies(
@@ -205,24 +239,3 @@ def _by_copies(
     k, v = (t.unflatten(1, (regions, block))[which, index].flatten(2, 3).transpose(2, 3) for t in (k, v))
     scores = q.unflatten(1, (regions, block)).transpose(2, 3) @ k.transpose(-2, -1) * scale
     return (scores.softmax(-1) @ v).transpose(2, 3).flatten(1, 2)
-
-
-def _by_few_copies(q, k, v, index, block: int, scale: float):
-    """As `_by_copies`, without moving heads: each query has one row per head, which is 0 in the channels of the others.
-    Some images at a time, so that the copies stay in the cache."""
-    (_, regions, topk), heads = index.shape, q.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    own = torch.eye(heads, dtype=dtype, device=q.device)[..., None] * scale
-    at_once = max(AT_ONCE // (regions * topk * block * (k[0, 0].numel() + v[0, 0].numel())), 1)
-    outs = []
-    for query, key, value, some in zip(*(t.split(at_once) for t in (q, k, v, index)), strict=True):
-        each = len(some) * regions
-        chosen = (some + regions * torch.arange(len(some), device=q.device)[:, None, None]).flatten()
-        key, value = (
-            t.reshape(each, -1).index_select(0, chosen).view(each, topk * block, -1).to(dtype) for t in (key, value)
-        )
-        rows = (query.unsqueeze(2).to(dtype) * own).view(each, block * heads, -1)
-        out = (rows @ key.transpose(1, 2)).softmax(-1) @ value
-        out = out.view(len(some), regions * block, heads, heads, -1).diagonal(dim1=2, dim2=3)
-        outs.append(out.transpose(2, 3))
-    return torch.cat(outs).to(q.dtype)
