@@ -54,27 +54,28 @@ class QuadrangleAttention(VariedWindowAttention):
         super().__init__(dim, num_heads, window, qkv_bias=qkv_bias, pull=pull, proj_drop=proj_drop, **dd)
         self.rel_pos_h = self.rel_pos_w = None
         if decomposed:
-            self.relative_position_bias_table = None
+            self.relative_position_bias_table = self.relative_position_index = None
             self.rel_pos_h = nn.Parameter(torch.empty(2 * window - 1, dim // num_heads, **dd))
             self.rel_pos_w = nn.Parameter(torch.empty(2 * window - 1, dim // num_heads, **dd))
             trunc_normal_(self.rel_pos_h, std=0.02)
             trunc_normal_(self.rel_pos_w, std=0.02)
 
     def warp(
-        self, moves: torch.Tensor, x: torch.Tensor, y: torch.Tensor, by_x: int, by_y: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        shift_x, shift_y, stretch_x, stretch_y, shear_x, shear_y, tilt_x, tilt_y, angle = moves.unbind(-1)
+        self, moves: torch.Tensor, slots: torch.Tensor, half: tuple[float, float], unit: tuple[float, float]
+    ) -> torch.Tensor:
+        x, y = slots[0] / half[0], slots[1] / half[1]  # shears and tilts are shares of the map
+        shift_x, shift_y, stretch_x, stretch_y, shear_x, shear_y, tilt_x, tilt_y, angle = moves.unbind(0)
         depth = tilt_x * x + tilt_y * y + 1
         depth = torch.where(depth == 0, torch.full_like(depth, 1e-6), depth)
         x, y = x * (1 + stretch_x), y * (1 + stretch_y)
         x, y = x + shear_x * y, y + shear_y * x
         cos, sin = angle.cos(), angle.sin()
         x, y = cos * x + sin * y, cos * y - sin * x
-        return (x + shift_x / by_x) / depth, (y + shift_y / by_y) / depth
+        return torch.stack([(x * half[0] + shift_x * unit[0]) / depth, (y * half[1] + shift_y * unit[1]) / depth])
 
     def bias(self, q: torch.Tensor) -> torch.Tensor:
         if self.relative_position_bias_table is not None:
-            return table_bias(self.relative_position_bias_table, self.window).to(q.dtype)
+            return table_bias(self.relative_position_bias_table, self.relative_position_index).to(q.dtype)
         else:  # the branch that TorchScript leaves out when there is a table
             apart = offsets(self.window, q.device)
             q = q.unflatten(2, (self.window, self.window))

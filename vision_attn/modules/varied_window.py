@@ -80,6 +80,12 @@ class VariedWindowAttention(nn.Module):
         self.proj = nn.Linear(out_dim, out_dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
+        apart = offsets(window, device)  # the entry of every pair of slots
+        pairs = (apart[:, None, :, None] * (2 * window - 1) + apart[:, None]).flatten(2, 3).flatten(0, 1)
+        self.register_buffer("relative_position_index", pairs, persistent=False)
+        slot = torch.arange(window, device=device) - (window - 1) / 2
+        slots = torch.stack([slot.expand(window, -1), slot[:, None].expand(-1, window)])
+        self.register_buffer("slots", slots, persistent=False)  # x and y of the tokens of a window, from its middle
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.reset_transform()
 
@@ -115,78 +121,74 @@ class VariedWindowAttention(nn.Module):
         return self.proj_drop(self.proj(out[:, top : top + height, left : left + width]))
 
     def points(self, means: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Where to read, `[batch, windows, heads, tokens, 2]`: x and y from -1, the first token, to 1, the last.
+        """Where to read, `[2, batch, windows, heads, tokens]`: x and y, from 0 for the first token of the padded map.
 
         `means` are those of windows, `[batch, down, across, dim]`; `height` and `width` those of the map unpadded.
         """
         down, across, size = means.shape[1], means.shape[2], self.window
-        moves = self.transform(F.leaky_relu(means)).unflatten(-1, (self.num_heads, -1))
-        moves = moves[..., None, None, :]  # [batch, down, across, heads, 1, 1, predictions]
+        moves = self.transform(F.leaky_relu(means)).unflatten(-1, (self.num_heads, 1, 1, -1)).movedim(-1, 0)
         moves = moves.to(torch.promote_types(moves.dtype, torch.float32))  # half precision would blur the places
         by_x, by_y = across, down
         if self.dialect != "swin":
             by_x, by_y = max(width // size, 1), max(height // size, 1)
             if self.dialect == "detection":
                 by_x, by_y = by_y, by_x
-        slot = torch.arange(size, dtype=moves.dtype, device=moves.device) - (size - 1) / 2
-        step_x, step_y = 2 / (across * size - 1), 2 / (down * size - 1)
-        x, y = self.warp(moves, slot * step_x, slot[:, None] * step_y, by_x, by_y)
-        middle = (size - 1) / 2
-        column = torch.arange(across, dtype=moves.dtype, device=moves.device) * size + middle
-        row = torch.arange(down, dtype=moves.dtype, device=moves.device) * size + middle
-        x, y = x + (column * step_x - 1)[:, None, None, None], y + (row * step_y - 1)[:, None, None, None, None]
-        points = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(4, 5).flatten(1, 2)
+        whole = (across * size - 1) / 2, (down * size - 1) / 2  # half of the map
+        points = self.warp(moves, self.slots.to(moves.dtype), whole, (whole[0] / by_x, whole[1] / by_y))
+        first, last = (size - 1) / 2, max(down, across) * size
+        middle = torch.arange(first, last, size, dtype=moves.dtype, device=moves.device)  # of windows, on either axis
+        middles = torch.stack([middle[:across].expand(down, -1), middle[:down, None].expand(-1, across)])
+        points = (points + middles[:, None, :, :, None, None, None]).flatten(5, 6).flatten(2, 3)
         if self.pull > 0 and not torch.jit.is_scripting():
-            _pull_inside(points, self.pull)
+            _pull_inside(points, whole, self.pull)
         return points
 
     def warp(
-        self, moves: torch.Tensor, x: torch.Tensor, y: torch.Tensor, by_x: int, by_y: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places in a window, relative to its middle, after the predicted move."""
-        x = x * (1 + moves[..., 2]) + moves[..., 0] / by_x
-        return x, y * (1 + moves[..., 3]) + moves[..., 1] / by_y
+        self, moves: torch.Tensor, slots: torch.Tensor, half: tuple[float, float], unit: tuple[float, float]
+    ) -> torch.Tensor:
+        """Places in windows `[2, ..., window, window]`, relative to their middles, after the predicted moves.
+
+        `moves` are `[predictions, ..., 1, 1]`; `slots` the places before the moves, `[2, window, window]`; `half` the
+        map from its middle to its end, and `unit` a shift of 1, along x and y. All in tokens.
+        """
+        shift = torch.stack([moves[0] * unit[0], moves[1] * unit[1]])
+        return torch.addcmul(shift, slots[:, None, None, None, None], moves[2:] + 1)
 
     def bias(self, q: torch.Tensor) -> torch.Tensor:
         """Added to the scaled scores; it belongs to the slots of a window, wherever they were moved."""
-        return table_bias(self.relative_position_bias_table, self.window).to(q.dtype)
+        return table_bias(self.relative_position_bias_table, self.relative_position_index).to(q.dtype)
 
 
 def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Maps `[batch, height, width, parts, heads, dim]` between tokens, zero outside, at points `[batch, windows, heads,
-    tokens, 2]`: `[batch, windows, heads, tokens, parts * dim]`."""
+    """Maps `[batch, height, width, parts, heads, dim]` between tokens, zero outside, at points `[2, batch, windows,
+    heads, tokens]`: `[batch, windows, heads, tokens, parts * dim]`."""
     batch, height, width, heads = maps.shape[0], maps.shape[1], maps.shape[2], maps.shape[4]
     maps = maps.permute(0, 4, 1, 2, 3, 5).reshape(batch * heads, height, width, -1)
     if maps.device.type == "cpu" and points.numel() >= 4096:
         return _sums_of_rows(maps, points)
-    places = points.transpose(1, 2).flatten(0, 1)
+    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=points.dtype, device=points.device)
+    places = points.permute(1, 3, 2, 4, 0).flatten(0, 1) / half - 1
     out = F.grid_sample(maps.permute(0, 3, 1, 2), places, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return out.view(batch, heads, -1, points.shape[1], points.shape[3]).permute(0, 3, 1, 4, 2)
+    return out.view(batch, heads, -1, points.shape[2], points.shape[4]).permute(0, 3, 1, 4, 2)
 
 
 def _sums_of_rows(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """As `F.grid_sample`, with four rows of `[batch * heads, height, width, channels]` to a point: many points take a
     quarter of the time on a CPU."""
+    batch, windows, heads, tokens = points.shape[1], points.shape[2], points.shape[3], points.shape[4]
     height, width = maps.shape[1], maps.shape[2]
-    batch, windows, heads, tokens = points.shape[0], points.shape[1], points.shape[2], points.shape[3]
-    left, right, on_left, on_right = _between(points[..., 0], width)
-    above, below, on_above, on_below = _between(points[..., 1], height)
+    last = torch.tensor([width - 1, height - 1], device=points.device).view(2, 1, 1, 1, 1)
+    before = points.detach().nan_to_num().floor()
+    share = points - before
+    near = torch.stack([before, before + 1])  # the tokens on both sides, of x and y
+    hidden = (near < 0) | (near > last)
+    weights = torch.stack([1 - share, share]).masked_fill(hidden, 0.0)
+    near = near.masked_fill_(hidden, 0.0).long()
     first = torch.arange(0, batch * heads * height, height, device=maps.device).view(batch, 1, heads, 1)
-    above, below = (first + above) * width, (first + below) * width
-    corners = torch.stack([above + left, above + right, below + left, below + right], -1)
-    weights = [on_above * on_left, on_above * on_right, on_below * on_left, on_below * on_right]
-    weights = torch.stack(weights, -1).view(-1, 4)
-    out = F.embedding_bag(corners.view(-1, 4), maps.flatten(0, 2), mode="sum", per_sample_weights=weights)
+    corners = ((near[:, 1] + first) * width)[:, None] + near[:, 0]
+    weights = (weights[:, 1][:, None] * weights[:, 0]).view(4, -1).mT
+    out = F.embedding_bag(corners.view(4, -1).mT, maps.flatten(0, 2), mode="sum", per_sample_weights=weights)
     return out.view(batch, windows, heads, tokens, -1)
-
-
-def _between(place: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens of an axis on both sides of each place from -1 to 1, and the weights of the two, 0 outside."""
-    place = ((place + 1) * ((size - 1) / 2)).clamp(-1, size)
-    token = place.detach().nan_to_num().floor()
-    lower, upper = (token + 1 - place) * ((token >= 0) & (token < size)), (place - token) * (token < size - 1)
-    token = token.long()
-    return token.clamp(0, size - 1), (token + 1).clamp(max=size - 1), lower, upper
 
 
 def offsets(size: int, device: torch.device) -> torch.Tensor:
@@ -195,15 +197,15 @@ def offsets(size: int, device: torch.device) -> torch.Tensor:
     return slot[:, None] - slot + size - 1
 
 
-def table_bias(table: torch.Tensor, size: int) -> torch.Tensor:
-    """Table `[(2 * size - 1) ** 2, heads]` of relative positions to `[1, heads, size ** 2, size ** 2]`."""
-    apart = offsets(size, table.device)
-    pairs = (apart[:, None, :, None] * (2 * size - 1) + apart[:, None]).flatten(2, 3).flatten(0, 1)
-    return table[pairs].permute(2, 0, 1)[None]
+def table_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`[1, heads, tokens, tokens]` from a table `[entries, heads]` and the entry of each pair."""
+    return table[index].permute(2, 0, 1)[None]
 
 
-def _pull_inside(points: torch.Tensor, pull: float) -> None:
+def _pull_inside(points: torch.Tensor, half: tuple[float, float], pull: float) -> None:
     """Push points that lie outside of the map towards it, whatever the loss says."""
     if points.requires_grad:
-        outside = (points > 1.001).to(points.dtype) - (points < -1.001).to(points.dtype)
-        points.register_hook(lambda grad: grad + 10 * pull * outside)
+        half = torch.tensor(half, dtype=points.dtype, device=points.device).view(2, 1, 1, 1, 1)
+        ends = points.detach() / half - 1  # from -1 to 1 on the map
+        outside = (ends > 1.001).to(points.dtype) - (ends < -1.001).to(points.dtype)
+        points.register_hook(lambda grad: grad + 10 * pull * outside / half)
