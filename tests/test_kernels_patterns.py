@@ -240,6 +240,7 @@ REFUSED = [
     (lambda: Neighborhood((3, 3)).check((8,)), ValueError, "2 entries but the grid has 1 axes"),
     (lambda: Dense().check((2, 2, 2, 2)), ValueError, "has 4 axes; allowed: 1 or 2 or 3"),
     (lambda: Dense().check((0, 2)), ValueError, "at least 1"),
+    (lambda: Neighborhood(7).check((10**7, 10**7)), ValueError, "100000000000000 tokens; allowed: up to 2147483647"),
     (lambda: Dense().check([2, 2]), TypeError, "tuple of ints"),
     (lambda: Window(3, 3), ValueError, "shift 3 on axis 0 must be smaller"),
     (lambda: Window(9).check((8,)), ValueError, "larger than the grid"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Union
 
 import torch
 
+MOST_TOKENS = 2**31 - 1  # kernels number them in int32
 Ints = Union[int, "tuple[int, ...]"]
 Predicate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ScoreRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -225,6 +226,8 @@ def check_grid(grid: Any, rank: tuple[int, ...] = (1, 2, 3)) -> None:
         raise ValueError(f"grid {grid} has {len(grid)} axes; allowed: {' or '.join(map(str, rank))}")
     if min(grid) < 1:
         raise ValueError(f"every size of a grid must be at least 1; got {grid}")
+    if math.prod(grid) > MOST_TOKENS:
+        raise ValueError(f"grid {grid} has {math.prod(grid)} tokens; allowed: up to {MOST_TOKENS}")
 
 
 def is_int(value: Any) -> bool:
