@@ -3,6 +3,7 @@
 #include "few.h"
 #include "gradient.h"
 #include "lines.h"
+#include "sampled.h"
 
 template <int NV, class Source, class Plan>
 static int forward(const Call& call, const Plan& plan) {
@@ -185,6 +186,8 @@ int vision_attn_forward_boxes(const Call* call, const Boxes* boxes) {
 int vision_attn_forward_lines(const Call* call, const Lines* lines) { return forward_lines(*call, *lines); }
 
 int vision_attn_forward_few(const Call* call, const FewBlocks* blocks) { return forward_few(*call, *blocks); }
+
+int vision_attn_forward_sampled(const Sampled* call) { return forward_sampled(*call); }
 
 int vision_attn_backward_boxes(const Call* call, const Boxes* boxes) {
     return boxes->vectors == 2 ? backward<2, BoxSource<2>>(*call, *boxes) : backward<1, BoxSource<1>>(*call, *boxes);

@@ -30,14 +30,14 @@ static INLINE void weigh_values(float* const* row, const float* weight, int64_t 
         UNROLL for (int c = 0; c < C; c++) store(row[i] + at + c * LANES, sum[i][c] * by[i]);
 }
 
-// score[i][key] = scale * product of query[i] with the keys, which are columns `2 * LANES` floats apart.
+// score[i][key] = scale * product of query[i] with the keys, whose channels are `step` floats apart.
 template <int N, int V>
-static INLINE void dot_columns(const float* const* query, const float* columns, int dim, float scale, float* score,
-                               int64_t pitch) {
+static INLINE void dot_columns(const float* const* query, const float* columns, int64_t step, int dim, float scale,
+                               float* score, int64_t pitch) {
     vec sum[N][V];
     UNROLL for (int i = 0; i < N; i++)
         UNROLL for (int n = 0; n < V; n++) sum[i][n] = vec{};
-    for (int d = 0; d < dim; d++, columns += 2 * LANES) {
+    for (int d = 0; d < dim; d++, columns += step) {
         vec x[V];
         UNROLL for (int n = 0; n < V; n++) x[n] = load(columns + n * LANES);
         UNROLL for (int i = 0; i < N; i++)
@@ -116,7 +116,7 @@ class FewForward {
             for (int i = 0; i < now.queries; i += 4)
                 with_constant<4>(now.queries - i, [&](auto n) INLINE_LAMBDA {
                     auto dot = vectors == 2 ? dot_columns<n, 2> : dot_columns<n, 1>;
-                    dot(now.query + i, keys, sizes.key, call.scale * LOG2E, scores + i * pitch + x, pitch);
+                    dot(now.query + i, keys, 2 * LANES, sizes.key, call.scale * LOG2E, scores + i * pitch + x, pitch);
                 });
         }
         for (int i = 0; i < now.queries; i += 4)

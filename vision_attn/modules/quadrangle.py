@@ -73,12 +73,12 @@ class QuadrangleAttention(VariedWindowAttention):
         x, y = cos * x + sin * y, cos * y - sin * x
         return torch.stack([(x * half[0] + shift_x * unit[0]) / depth, (y * half[1] + shift_y * unit[1]) / depth])
 
-    def bias(self, q: torch.Tensor) -> torch.Tensor:
+    def bias(self, qkv: torch.Tensor) -> torch.Tensor:
         if self.relative_position_bias_table is not None:
-            return table_bias(self.relative_position_bias_table, self.relative_position_index).to(q.dtype)
+            return table_bias(self.relative_position_bias_table, self.relative_position_index).to(qkv.dtype)
         else:  # the branch that TorchScript leaves out when there is a table
-            apart = offsets(self.window, q.device)
-            q = q.unflatten(2, (self.window, self.window))
+            apart = offsets(self.window, qkv.device)
+            q = self.queries(qkv).unflatten(2, (self.window, self.window))
             by_row = torch.einsum("nmyxd,ykd->nmyxk", q, self.rel_pos_h[apart].to(q.dtype))
             by_column = torch.einsum("nmyxd,xkd->nmyxk", q, self.rel_pos_w[apart].to(q.dtype))
             return (by_row[..., None] + by_column[..., None, :]).flatten(4, 5).flatten(2, 3)

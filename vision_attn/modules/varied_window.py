@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_, use_fused_attn
 from torch import nn
 
+from vision_attn.kernels.native.sampled import sampled_windows
 from vision_attn.modules.softmax import check_heads, softmax_attention
 
 __all__ = ["VariedWindowAttention"]
@@ -99,26 +100,40 @@ class VariedWindowAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"the map must be [batch, height, width, {self.dim}]; got {x.shape}")
-        batch, height, width, size = x.shape[0], x.shape[1], x.shape[2], self.window
+        height, width, size = x.shape[1], x.shape[2], self.window
         below, right = -height % size, -width % size
         top, left = (below // 2, right // 2) if self.dialect == "detection" else (0, 0)
         pad = [0, 0, left, right - left, top, below - top]
-        down, across = (height + below) // size, (width + right) // size
         padded, qkv = x, self.qkv(x)
         if below + right > 0:
             padded, qkv = F.pad(x, pad), F.pad(qkv, pad)
         means = F.avg_pool2d(padded.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
         points = self.points(means, height, width)
-        # queries stay, keys and values are sampled: [batch * windows, heads, size * size, head_dim]
-        q = qkv[..., : self.out_dim].reshape(batch, down, size, across, size, self.num_heads, -1)
-        q = q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
-        kv = qkv[..., self.out_dim :].unflatten(-1, (2, self.num_heads, -1)).to(points.dtype)
+        out = self.attention(qkv, points)
+        return self.proj_drop(self.proj(out[:, top : top + height, left : left + width]))
+
+    def attention(self, qkv: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """Queries stay, and keys and values are sampled; `[batch, height, width, out_dim]` of whole windows."""
+        heads, bias = self.num_heads, self.bias(qkv)
+        if self.fused_attn and not torch.jit.is_scripting():
+            q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(3)
+            out = sampled_windows(q, k, v, points, bias, self.scale)
+            if out is not None:
+                return out.flatten(3)
+        q = self.queries(qkv)
+        kv = qkv[..., self.out_dim :].unflatten(-1, (2, heads, -1)).to(points.dtype)
         kv = sample(kv, points).to(q.dtype).flatten(0, 1)
         k, v = kv.chunk(2, -1)
-        out = softmax_attention(q, k, v, self.fused_attn, 0.0, self.bias(q), self.scale)
-        out = out.view(batch, down, across, self.num_heads, size, size, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        out = out.reshape(batch, down * size, across * size, self.out_dim)
-        return self.proj_drop(self.proj(out[:, top : top + height, left : left + width]))
+        out = softmax_attention(q, k, v, self.fused_attn, 0.0, bias, self.scale)
+        batch, height, width, size = qkv.shape[0], qkv.shape[1], qkv.shape[2], self.window
+        out = out.view(batch, height // size, width // size, heads, size, size, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return out.reshape(batch, height, width, self.out_dim)
+
+    def queries(self, qkv: torch.Tensor) -> torch.Tensor:
+        """`[batch * windows, heads, tokens, head_dim]`."""
+        batch, height, width, size = qkv.shape[0], qkv.shape[1], qkv.shape[2], self.window
+        q = qkv[..., : self.out_dim].reshape(batch, height // size, size, width // size, size, self.num_heads, -1)
+        return q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
     def points(self, means: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Where to read, `[2, batch, windows, heads, tokens]`: x and y, from 0 for the first token of the padded map.
@@ -154,9 +169,9 @@ class VariedWindowAttention(nn.Module):
         shift = torch.stack([moves[0] * unit[0], moves[1] * unit[1]])
         return torch.addcmul(shift, slots[:, None, None, None, None], moves[2:] + 1)
 
-    def bias(self, q: torch.Tensor) -> torch.Tensor:
+    def bias(self, qkv: torch.Tensor) -> torch.Tensor:
         """Added to the scaled scores; it belongs to the slots of a window, wherever they were moved."""
-        return table_bias(self.relative_position_bias_table, self.relative_position_index).to(q.dtype)
+        return table_bias(self.relative_position_bias_table, self.relative_position_index).to(qkv.dtype)
 
 
 def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
