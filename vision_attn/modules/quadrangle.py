@@ -54,7 +54,7 @@ class QuadrangleAttention(VariedWindowAttention):
         super().__init__(dim, num_heads, window, qkv_bias=qkv_bias, pull=pull, proj_drop=proj_drop, **dd)
         self.rel_pos_h = self.rel_pos_w = None
         if decomposed:
-            self.relative_position_bias_table = self.relative_position_index = None
+            self.relative_position_bias_table = None
             self.rel_pos_h = nn.Parameter(torch.empty(2 * window - 1, dim // num_heads, **dd))
             self.rel_pos_w = nn.Parameter(torch.empty(2 * window - 1, dim // num_heads, **dd))
             trunc_normal_(self.rel_pos_h, std=0.02)
@@ -75,7 +75,7 @@ class QuadrangleAttention(VariedWindowAttention):
 
     def bias(self, qkv: torch.Tensor) -> torch.Tensor:
         if self.relative_position_bias_table is not None:
-            return table_bias(self.relative_position_bias_table, self.relative_position_index).to(qkv.dtype)
+            return table_bias(self.relative_position_bias_table, self.window).to(qkv.dtype)
         else:  # the branch that TorchScript leaves out when there is a table
             apart = offsets(self.window, qkv.device)
             q = self.queries(qkv).unflatten(2, (self.window, self.window))

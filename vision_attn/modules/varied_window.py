@@ -81,12 +81,6 @@ class VariedWindowAttention(nn.Module):
         self.proj = nn.Linear(out_dim, out_dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
-        apart = offsets(window, device)  # the entry of every pair of slots
-        pairs = (apart[:, None, :, None] * (2 * window - 1) + apart[:, None]).flatten(2, 3).flatten(0, 1)
-        self.register_buffer("relative_position_index", pairs, persistent=False)
-        slot = torch.arange(window, device=device) - (window - 1) / 2
-        slots = torch.stack([slot.expand(window, -1), slot[:, None].expand(-1, window)])
-        self.register_buffer("slots", slots, persistent=False)  # x and y of the tokens of a window, from its middle
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.reset_transform()
 
@@ -149,7 +143,9 @@ class VariedWindowAttention(nn.Module):
             if self.dialect == "detection":
                 by_x, by_y = by_y, by_x
         whole = (across * size - 1) / 2, (down * size - 1) / 2  # half of the map
-        points = self.warp(moves, self.slots.to(moves.dtype), whole, (whole[0] / by_x, whole[1] / by_y))
+        slot = torch.arange(size, dtype=moves.dtype, device=moves.device) - (size - 1) / 2
+        slots = torch.stack([slot.expand(size, -1), slot[:, None].expand(-1, size)])
+        points = self.warp(moves, slots, whole, (whole[0] / by_x, whole[1] / by_y))
         first, last = (size - 1) / 2, max(down, across) * size
         middle = torch.arange(first, last, size, dtype=moves.dtype, device=moves.device)  # of windows, on either axis
         middles = torch.stack([middle[:across].expand(down, -1), middle[:down, None].expand(-1, across)])
@@ -171,7 +167,7 @@ class VariedWindowAttention(nn.Module):
 
     def bias(self, qkv: torch.Tensor) -> torch.Tensor:
         """Added to the scaled scores; it belongs to the slots of a window, wherever they were moved."""
-        return table_bias(self.relative_position_bias_table, self.relative_position_index).to(qkv.dtype)
+        return table_bias(self.relative_position_bias_table, self.window).to(qkv.dtype)
 
 
 def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -212,9 +208,11 @@ def offsets(size: int, device: torch.device) -> torch.Tensor:
     return slot[:, None] - slot + size - 1
 
 
-def table_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`[1, heads, tokens, tokens]` from a table `[entries, heads]` and the entry of each pair."""
-    return table[index].permute(2, 0, 1)[None]
+def table_bias(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Table `[(2 * size - 1) ** 2, heads]` of relative positions to `[1, heads, size ** 2, size ** 2]`."""
+    apart = offsets(size, table.device)
+    pairs = (apart[:, None, :, None] * (2 * size - 1) + apart[:, None]).flatten(2, 3).flatten(0, 1)
+    return table[pairs].permute(2, 0, 1)[None]
 
 
 def _pull_inside(points: torch.Tensor, half: tuple[float, float], pull: float) -> None:
