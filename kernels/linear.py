@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .native import scan as native
 from .problem import DTYPES
 
 CHUNK = 32  # tokens that are paired directly; what comes before reaches them as a state
@@ -113,12 +114,15 @@ def gated_scan(
     """Gated linear attention along the tokens: the state `h_t = exp(log_decay_t) h_(t-1) + k_t v_t^T` is read by
     `scale * q_t h_t`.
 
+    On a CPU it is computed in C++ where no gradients are needed; if there is no kernel, `explain` says why at `cpu`.
+
     Args:
         q: `[batch, *grid, heads, key_dim]`; the tokens of a grid are scanned row-major.
         k: as q.
         v: `[batch, *grid, heads, value_dim]`.
         log_decay: natural logarithm of the gates, shaped as k, in any of the dtypes; at most 0, and minus infinity
-            forgets everything. In half precision a logarithm tells gates near 1 apart, which the gates would not.
+            forgets everything that is finite. In half precision a logarithm tells gates near 1 apart, which the gates
+            would not.
         scale: factor on the result; `key_dim ** -0.5` when None.
         reverse: from the last token to the first.
 
@@ -134,7 +138,12 @@ def gated_scan(
 
     Paper: Gated Linear Attention Transformers with Hardware-Efficient Training.
     """
-    return _scan(q, k, v, log_decay, scale, reverse).to(q.dtype)
+    scale = _scale(q, k, v, log_decay, scale)
+    ahead, back = (None, log_decay) if reverse else (log_decay, None)
+    out = native.scan(q, k, v, ahead, back, scale)
+    if out is None:
+        out = _scan(q, k, v, log_decay, scale, reverse)
+    return out.to(q.dtype)
 
 
 def gated_scan_both(
@@ -148,16 +157,24 @@ def gated_scan_both(
 
     Paper: ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention.
     """
-    ahead, back = _scan(q, k, v, log_decay, scale, False), _scan(q, k, v, log_decay_back, scale, True)
-    return ((ahead + back) / 2).to(q.dtype)
+    scale = _scale(q, k, v, log_decay, _scale(q, k, v, log_decay_back, scale))
+    out = native.scan(q, k, v, log_decay, log_decay_back, scale / 2)
+    if out is None:
+        out = (_scan(q, k, v, log_decay, scale, False) + _scan(q, k, v, log_decay_back, scale, True)) / 2
+    return out.to(q.dtype)
 
 
-def _scan(q, k, v, log_decay, scale, reverse) -> Tensor:
-    """`gated_scan` before it is rounded to the dtype of q."""
+def _scale(q, k, v, log_decay, scale) -> float:
+    """The factor on the result of a scan, whose arguments are checked."""
     _check(("q", q), ("k", k), ("v", v), ("log_decay", log_decay), alike=3)
     if not q.shape == k.shape == log_decay.shape or q.shape[:-1] != v.shape[:-1]:
         shapes = ", ".join(str(list(t.shape)) for t in (q, k, log_decay, v))
         raise ValueError(f"q, k, log_decay must have one shape, and v all of it but the last size; got {shapes}")
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _scan(q, k, v, log_decay, scale, reverse) -> Tensor:
+    """`gated_scan` of checked arguments, before it is rounded to the dtype of q."""
     inputs = [t.flatten(1, -3) for t in (q, k, v, log_decay)]
     full = torch.promote_types(q.dtype, torch.float32)
     (batch, tokens, heads, dim), value_dim = inputs[0].shape, v.shape[-1]
@@ -177,7 +194,7 @@ def _scan(q, k, v, log_decay, scale, reverse) -> Tensor:
                 out, state = _segment(state, *part, chunk, reverse)
             outs.append(out)
         out = torch.cat(outs[::-1] if reverse else outs, 1)
-        return (out * (dim**-0.5 if scale is None else scale)).view(*q.shape[:-1], value_dim)
+        return (out * scale).view(*q.shape[:-1], value_dim)
 
 
 def _length(rows: int, dim: int, value_dim: int, chunk: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from vision_attn import BlockList, Dense, Halo, Neighborhood, Radial, SlidingTile, Window, attend, explain
 from vision_attn.kernels.backends import cpu
-from vision_attn.kernels.native import blocks, build, lines
+from vision_attn.kernels.native import blocks, boxes, build, call, lines
 from vision_attn.kernels.patterns import Circle, Separable
 from vision_attn.kernels.patterns.base import plain_axis
 from vision_attn.kernels.problem import Problem
@@ -465,6 +465,36 @@ def test_maps_of_backbones_are_left_to_it():
     for side, batch, heads, used in ((56, 1, 2, "cpu"), (14, 16, 2, "cpu"), (7, 32, 16, "cpu"), (7, 4, 16, "masked")):
         assert explain(Neighborhood(7), (side, side), batch=batch, heads=heads, bias=True).used == used
     assert explain(Neighborhood(7), (7, 7), batch=32, heads=16).used == "tiled"  # nothing to leave out, nothing to add
+
+
+@pytest.mark.parametrize("pattern", [Neighborhood(5), Neighborhood(13), Radial()], ids=str)
+def test_defaults_of_torch_are_not_its_own(pattern):
+    """A default dtype or device other than float32 and cpu: memory of the wrong size, or elsewhere."""
+    grid = (4, 16, 16) if isinstance(pattern, Radial) else (32, 32)
+    leaves = [torch.randn(1, *grid, 2, 8).requires_grad_() for _ in range(3)]
+    bias = [torch.randn(2, *[2 * pattern.window - 1] * 2).requires_grad_()] if grid == (32, 32) else []
+
+    def run():
+        for cached in (boxes.plan, boxes.places, lines.plan, blocks._kept):
+            cached.cache_clear()
+        call._kept.__dict__.clear()
+        plain = attend(*leaves, pattern, backend="cpu")
+        out = attend(*leaves, pattern, backend="cpu", bias=bias[0]) if bias else plain
+        return [plain, out, *torch.autograd.grad((plain + out.square()).sum(), leaves + bias)]
+
+    want = run()
+    for setting, value, usual in (
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_dtype, torch.bfloat16, torch.float32),
+        (torch.set_default_device, "meta", None),
+    ):
+        setting(value)
+        try:
+            got = run()
+        finally:
+            setting(usual)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # The build. A stand-in for the compiler hands out the library that is there already, so that this takes no minutes.

@@ -1,5 +1,5 @@
 """Linear attention and the gated scan: against all pairs and token-by-token loops, long inputs in half precision,
-gradients, memory."""
+gradients, memory, the scan in C++."""
 
 import itertools
 import math
@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn.kernels import linear
 from vision_attn.kernels.linear import gated_scan, gated_scan_both, linear_attention, token_mean
+from vision_attn.kernels.native import build, scan
 from vision_attn.kernels.testing import error
 
 HALF = (torch.float16, torch.bfloat16)
@@ -332,6 +334,176 @@ def test_a_bad_token_reaches_only_what_comes_after_it():
         inputs[name][0, where, 1] = math.nan
         bad = ~gated_scan(**inputs, log_decay=-torch.rand(1, 70, 2, 4, dtype=torch.float64)).isfinite().all(-1)[0]
         assert not bad[:, 0].any() and torch.equal(bad[:, 1], torch.arange(70) >= where)
+
+
+# -- gated scan in C++
+
+PATHS = [] if build.missing() else list(build.PATHS)[: list(build.PATHS).index(build._widest()) + 1]
+native = pytest.mark.skipif(not PATHS, reason=f"no CPU kernel here: {build.missing()}")
+
+
+@pytest.fixture
+def in_cpp(monkeypatch):
+    """The other form is not to be used."""
+    monkeypatch.setattr(linear, "_scan", lambda *args: pytest.fail("not computed by the kernel"))
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch, in_cpp):
+    monkeypatch.setenv(build.SWITCH, request.param)
+    assert build.library().vision_attn_lanes() == {"portable": 4, "avx2": 8, "avx512": 16}[request.param]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs_of(batch, grid, heads, key_dim, value_dim, dtype=torch.float32):
+    q, k, v = (randn(batch, *grid, heads, d).to(dtype) for d in (key_dim, key_dim, value_dim))
+    return q, k, v, *(gates(batch, *grid, heads, key_dim, dtype=dtype) for _ in range(2))
+
+
+def wide(*tensors):
+    return [t.double() for t in tensors]
+
+
+def near(got, want, eager):
+    """Not much further off than the loop in the same dtype."""
+    assert got.dtype == eager.dtype and got.shape == want.shape
+    assert error(got, want) <= 4 * max(error(eager, want), torch.finfo(got.dtype).eps * want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "batch, grid, heads, key_dim, value_dim",
+    [
+        (1, (300,), 1, 1, 1), (2, (5, 31), 3, 5, 9), (3, (7, 13), 2, 17, 33), (1, (257,), 1, 3, 70),
+        (300, (1,), 1, 4, 4), (2, (2, 4, 8), 2, 32, 64), (1, (33, 8), 1, 100, 24), (5, (32,), 2, 8, 47),
+    ],
+)  # fmt: skip
+def test_scan_in_cpp_is_the_loop(path, threads, batch, grid, heads, key_dim, value_dim):
+    q, k, v, ahead, back = inputs_of(batch, grid, heads, key_dim, value_dim)
+    for reverse in (False, True):
+        eager, want = (loop(*f(q, k, v, ahead), reverse=reverse) for f in (lambda *t: t, wide))
+        near(gated_scan(q, k, v, ahead, reverse=reverse), want, eager)
+    eager, want = ((loop(q, k, v, a, -3.0) + loop(q, k, v, b, -3.0, True)) / 2 for q, k, v, a, b in
+                   ((q, k, v, ahead, back), wide(q, k, v, ahead, back)))  # fmt: skip
+    near(gated_scan_both(q, k, v, ahead, back, scale=-3.0), want, eager)
+
+
+def test_scan_in_cpp_reads_rows_where_they_are(path):
+    q, k, v, ahead, back = inputs_of(2, (9, 10), 3, 8, 8)
+    packed = torch.stack([q, k, v], 3)  # as a projection gives them
+    for change in (
+        lambda t: t.movedim(-2, 1).contiguous().movedim(1, -2),  # heads first
+        lambda t: t.mT.contiguous().mT,  # a row is not in one piece
+        lambda t: F.pad(t, (1, 2))[..., 1:-2],
+        lambda t: F.pad(t, (0, 0, 0, 0, 2, 3, 1, 1))[:, 1:-1, 2:-3],  # a part of a map
+        lambda t: torch.complex(t, -t).conj().imag,  # a sign that is not in memory
+        lambda t: packed[:, :, :, next(i for i, x in enumerate((q, k, v)) if x is t)] if any(
+            x is t for x in (q, k, v)) else t,
+    ):  # fmt: skip
+        views = [change(t) for t in (q, k, v, ahead, back)]
+        assert all(torch.equal(a, b) for a, b in zip(views, (q, k, v, ahead, back), strict=True))
+        assert torch.equal(gated_scan_both(*views), gated_scan_both(q, k, v, ahead, back))
+    rows = [t[:1, :1, :1].expand(2, 9, 10, -1, -1) for t in (q, k, v, ahead, back)]
+    assert torch.equal(gated_scan_both(*rows), gated_scan_both(*(t.contiguous() for t in rows)))
+    heads = [t[..., :1, :].expand(-1, -1, -1, 3, -1) for t in (q, k, v, ahead, back)]
+    assert torch.equal(gated_scan_both(*heads), gated_scan_both(*(t.contiguous() for t in heads)))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_scan_in_cpp_in_half_precision(path, dtype):
+    q, k, v, ahead, back = inputs_of(2, (11, 12), 2, 6, 10, dtype)
+    for a, b in ((ahead, back), (ahead.float(), back.float()), (ahead, back.float())):
+        got, (x, y, z, *logs) = gated_scan_both(q, k, v, a, b), wide(q, k, v, a, b)
+        want = (loop(x, y, z, logs[0]) + loop(x, y, z, logs[1], reverse=True)) / 2
+        assert got.dtype == dtype and error(got, want) <= 1.1 * error(want.to(dtype), want)
+    never = torch.zeros(1, 16384, 1, 1)
+    ones = torch.ones_like(never, dtype=dtype)
+    counted = gated_scan(ones, ones, ones, never, scale=1 / 16384).flatten()
+    torch.testing.assert_close(
+        counted.double(), torch.arange(1, 16385).double() / 16384, rtol=torch.finfo(dtype).eps, atol=0
+    )
+
+
+def test_scan_in_cpp_opens_gates_as_far_as_they_go(path):
+    q, k, v, ahead, _ = inputs_of(1, (150,), 2, 5, 6)
+    alone = (q * k).sum(-1, keepdim=True) * v
+    for shut in (-math.inf, -88.0, -1e30):
+        torch.testing.assert_close(gated_scan(q, k, v, torch.full_like(q, shut), scale=1.0), alone)
+    open_ones = torch.zeros_like(q)
+    near(gated_scan(q, k, v, open_ones), loop(*wide(q, k, v, open_ones)), loop(q, k, v, open_ones))
+    logs = torch.stack([torch.full((30001,), -math.inf), torch.linspace(-100, 0, 30001)], 1).view(1, -1, 1, 1)
+    first = (logs == -math.inf).float()  # forgets all, and brings in a 1 that the next token reads
+    got = gated_scan(1 - first, first, first, logs, scale=1.0)[:, 1::2]
+    torch.testing.assert_close(got.double(), logs[:, 1::2].double().exp(), rtol=1e-5, atol=2.4e-38)
+    slow = -(10.0 ** -torch.arange(1, 8.0)).view(1, 1, -1, 1).expand(1, 300, -1, 1)  # gates next to 1
+    ones = torch.ones_like(slow)
+    near(gated_scan(ones, ones, ones, slow), loop(*wide(ones, ones, ones, slow)), loop(ones, ones, ones, slow))
+
+
+@pytest.mark.parametrize("root", [1.0, 2.5, 16.0])
+def test_scan_in_cpp_of_logits(path, root):
+    q, k, v, *_ = inputs_of(2, (150,), 2, 5, 6)
+    logits = [randn(*q.shape) * 8 for _ in range(2)]
+    logits[0][:, 20::30], logits[1][:, 7::50], logits[1][:, ::9] = -math.inf, math.inf, 500.0
+    got = scan.scan(q, k, v, *(x.float() for x in logits), 0.5, root)
+    gate = [F.logsigmoid(x.float().double()) / root for x in logits]
+    want = loop(*wide(q, k, v), gate[0], 0.5) + loop(*wide(q, k, v), gate[1], 0.5, True)
+    assert error(got, want) < 1e-6 * want.abs().max()
+
+
+def test_a_bad_token_in_cpp_reaches_only_what_comes_after_it(path):
+    """Also past a gate that forgets everything: 0 times infinity."""
+    for name, where, bad in itertools.product(("k", "v", "log_decay"), (5, 40), (math.nan, math.inf)):
+        inputs = dict(zip("qkv", randn(3, 2, 70, 2, 4).float(), strict=True), log_decay=-torch.rand(2, 70, 2, 4))
+        inputs["log_decay"][:, 45] = -math.inf
+        inputs[name][:, where, 1] = bad if name != "log_decay" else math.nan
+        found = ~gated_scan(**inputs).isfinite().all(-1)[0]
+        assert not found[:, 0].any() and torch.equal(found[:, 1], torch.arange(70) >= where)
+
+
+@native
+def test_who_looks_on_gets_the_other_form():
+    """Gradients, transforms and modes see what is done, and no one waits for a compiler for a few tokens."""
+    q, k, v, ahead, back = inputs_of(1, (300,), 1, 4, 4)
+    call = (q, k, v, ahead, back, 0.5)
+    assert scan.scan(*call) is not None
+    with torch.no_grad():
+        assert scan.scan(q.clone().requires_grad_(), *call[1:]) is not None
+    assert scan.scan(q.clone().requires_grad_(), *call[1:]) is None
+    assert scan.scan(*(t.double() for t in call[:5]), 0.5) is None
+    assert scan.scan(*(t[:, :255] for t in call[:5]), 0.5) is None
+    assert scan.scan(*(t.to("meta") for t in call[:5]), 0.5) is None
+    assert not gated_scan(*(t[..., :0] for t in (q, k)), v, ahead[..., :0], scale=0.5).any()
+    assert scan.scan(q, k[:, :299], *call[2:]) is None and scan.scan(q, k, v[:, :299], *call[3:]) is None
+    short = k[..., :2].contiguous()  # twice, as one tensor
+    assert scan.scan(q, short, short, *call[3:]) is None
+    want = gated_scan(q, k, v, ahead)
+    twice = torch.vmap(gated_scan)(*(torch.stack([t, t]) for t in (q, k, v, ahead)))
+    torch.testing.assert_close(twice, torch.stack([want, want]))
+    for jvp in (torch.func.jvp, torch.autograd.functional.jvp):  # linear in v
+        tangent = jvp(lambda v: gated_scan(q, k, v, ahead), (v,), (v,))[1]
+        torch.testing.assert_close(tangent, want)
+    with torch.autograd.forward_ad.dual_level():
+        dual = gated_scan(q, k, torch.autograd.forward_ad.make_dual(v, v), ahead)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, want)
+    with FlopCounterMode(display=False) as counter:
+        gated_scan(q, k, v, ahead)
+    assert counter.get_total_flops()
+
+
+@native
+def test_without_the_kernel(monkeypatch):
+    q, k, v, ahead, back = inputs_of(1, (300,), 2, 4, 4)
+    want = gated_scan_both(q, k, v, ahead, back)
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert scan.scan(q, k, v, ahead, back, 0.5) is None
+    torch.testing.assert_close(gated_scan_both(q, k, v, ahead, back), want)
 
 
 # -- both

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 
 pytest.importorskip("timm")
 
-from vision_attn.modules.linear import KINDS, LinearAttention2d, linear_attention
+from vision_attn.kernels.native import build
+from vision_attn.modules.linear import KINDS, LinearAttention2d, linear_attention, scan
 from vision_attn.modules.linear.cores import Softmax
 from vision_attn.modules.linear.layer import ROTARY, AttentionFrame
 from vision_attn.modules.linear.rotary import axial_turns, rotate
-from vision_attn.modules.linear.scan import gla
+from vision_attn.modules.linear.scan import gla, gla_of_logits
 
 GRIDS = [(5, 7), (1, 6), (4, 1), (1, 1)]
 
@@ -248,6 +249,41 @@ def test_scan_of_several_segments():
     q, k, v, a, b = draw((35, 31), batch=1, heads=1, count=5)
     a, b = -a.sigmoid() / 16, -b.sigmoid() / 16
     torch.testing.assert_close(gla(q, k, v, a, b), gla(q, k, v, a, b, fused=False))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gates_of_logits(fused):
+    """In C++ in float32 without gradients, where there is a compiler; the other form elsewhere."""
+    q, k, v, a, b = draw((12, 11), count=5)
+    a[0, 0, 0], b[1, 2, 3] = -200, 300
+    logits = torch.cat([a.flatten(3), b.flatten(3)], -1)
+    expected = gla(q, k, v, F.logsigmoid(a) / 16, F.logsigmoid(b) / 16, fused=False)
+    torch.testing.assert_close(gla_of_logits(q, k, v, logits, fused), expected)
+    single = [t.float() for t in (q, k, v, logits)]
+    torch.testing.assert_close(gla_of_logits(*single, fused).double(), expected, rtol=1e-4, atol=1e-5)
+    mixed = gla_of_logits(*(t.bfloat16() for t in single[:3]), single[3], fused)
+    assert mixed.dtype == torch.bfloat16
+    rounded = gla_of_logits(*(t.bfloat16().double() for t in single[:3]), single[3].double())
+    torch.testing.assert_close(mixed.double(), rounded, rtol=1e-2, atol=1e-2)
+    leaves = [t.requires_grad_() for t in single]
+    for t, slow in zip(
+        torch.autograd.grad(gla_of_logits(*leaves, fused).square().sum(), leaves),
+        torch.autograd.grad(gla_of_logits(*(t.double() for t in leaves), False).square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(t, slow, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(build.missing()), reason=f"no CPU kernel here: {build.missing()}")
+def test_scan_of_a_layer_is_in_cpp(monkeypatch):
+    layer = LinearAttention2d(16, 2, "gla")
+    x = torch.randn(3, 14, 14, 16)
+    with torch.no_grad():
+        monkeypatch.setenv(build.SWITCH, "0")
+        expected = layer(x)
+        monkeypatch.delenv(build.SWITCH)
+        monkeypatch.setattr(scan, "gla", lambda *args: pytest.fail("not computed by the kernel"))
+        torch.testing.assert_close(layer(x), expected)
 
 
 # -- the layer --

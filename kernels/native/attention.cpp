@@ -1,9 +1,11 @@
-// Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h, few.h and gradient.h for the arithmetic.
+// Attention of grid tokens on a CPU, with a plain C interface. See tile.h, lines.h, few.h, sampled.h, scan.h and gradient.h for
+// the arithmetic.
 #include "bias.h"
 #include "few.h"
 #include "gradient.h"
 #include "lines.h"
 #include "sampled.h"
+#include "scan.h"
 
 template <int NV, class Source, class Plan>
 static int forward(const Call& call, const Plan& plan) {
@@ -202,4 +204,6 @@ int vision_attn_backward_blocks(const Call* call, const Blocks* blocks) {
     return blocks->vectors == 2 ? backward<2, BlockSource<2>>(*call, *blocks)
                                 : backward<1, BlockSource<1>>(*call, *blocks);
 }
+
+int vision_attn_scan(const Scan* call) { return scan(*call); }
 }

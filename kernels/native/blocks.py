@@ -60,7 +60,7 @@ def _make(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
     lead = (1, 1, *index.shape[:-2])[-2:]
     vectors = 2 if lists.block[0] > lanes else 1
     steps = [0 if lead[0] == 1 else lead[1] * rows, 0 if lead[1] == 1 else rows]
-    slot = torch.arange(slots)
+    slot = torch.arange(slots, device="cpu")  # whatever the default is
     tested = (slot >= full[..., None]) & (slot < count[..., None])
     tensors = [index, count, *(_masks(pattern, grid, lists.block, index, tested) if tested.any() else ())]
     return Plan(Blocks(vectors, *lists.block, rows, slots, *steps, *(t.data_ptr() for t in tensors)), tensors)
@@ -77,10 +77,10 @@ def _masks(pattern, grid, block, index, tested) -> tuple[torch.Tensor, torch.Ten
     """
     tokens, words = math.prod(grid), -(-block[0] // 32)
     columns = -(-tokens // block[1])
-    row = torch.arange(index.shape[-2])[:, None].expand(index.shape)[tested]
+    row = torch.arange(index.shape[-2], device="cpu")[:, None].expand(index.shape)[tested]
     pairs, which = torch.unique(row * columns + index[tested], return_inverse=True)
-    allowed, bit = pattern.predicate(grid), torch.ones((), dtype=torch.int64) << torch.arange(32)
-    query, key = torch.arange(words * 32), torch.arange(block[1])
+    query, key, word = (torch.arange(count, device="cpu") for count in (words * 32, block[1], 32))
+    allowed, bit = pattern.predicate(grid), 1 << word
     parts = []
     for some in pairs.split(max(AT_ONCE // (words * 32 * block[1]), 1)):
         q = ((some // columns) * block[0])[:, None] + query
@@ -89,6 +89,6 @@ def _masks(pattern, grid, block, index, tested) -> tuple[torch.Tensor, torch.Ten
         seen = allowed(q.clamp(max=tokens - 1)[:, :, None], k.clamp(max=tokens - 1)[:, None]) & real[:, :, None]
         parts.append((seen.view(len(some), words, 32, -1) * bit[:, None]).sum(2))
     bits, same = torch.unique(torch.cat(parts), dim=0, return_inverse=True)
-    number = torch.full(index.shape, -1, dtype=torch.int32)
+    number = torch.full(index.shape, -1, dtype=torch.int32, device="cpu")
     number[tested] = same[which].to(torch.int32)
     return number, bits.to(torch.int32)

@@ -50,7 +50,7 @@ def plan(pattern: Separable, grid: tuple[int, ...], group: int, lanes: int) -> P
         inner = math.prod(sides[index + 1 :])
         every = sum(1 << (o * side * inner + i) for o in range(heads * math.prod(sides[:index])) for i in range(inner))
         columns = _side(axis, side, [every << (i * inner) for i in range(side)])
-        made = [torch.tensor(c, dtype=torch.int64).to(torch.int32) for c in columns]
+        made = [torch.tensor(c, dtype=torch.int64, device="cpu").to(torch.int32) for c in columns]
         boxes.side[index] = Side(len(columns[1]), side, len(columns[3]) - 1, *(t.data_ptr() for t in made))
         tables += made
     return Plan(boxes, tables)
@@ -61,9 +61,9 @@ def places(pattern: Separable, grid: tuple[int, ...]) -> tuple[torch.Tensor, dic
     """Where a relative bias has the entry of a pair: `place`, int32 `[tokens]`, and the other numbers of `Call`."""
     axes, reaches = pattern.axes(grid), pattern.reach(len(grid))
     spans = [1] * (3 - len(grid)) + [2 * reach - 1 for reach in reaches]
-    place, middle = torch.zeros(1, dtype=torch.int64), 0
+    place, middle = torch.zeros(1, dtype=torch.int64, device="cpu"), 0
     for axis, reach in zip(axes, reaches, strict=True):
-        place = (place[:, None] * (2 * reach - 1) + torch.tensor(axis.places)).flatten()
+        place = (place[:, None] * (2 * reach - 1) + torch.tensor(axis.places, device="cpu")).flatten()
         middle = middle * (2 * reach - 1) + reach - 1
     step = (ctypes.c_int64 * 2)(spans[1] * spans[2], spans[2])
     return place.to(torch.int32), dict(entries=math.prod(spans), middle=middle, step=step)

@@ -88,6 +88,21 @@ struct Call {
     int64_t rows() const { return tokens() + extra; }
 };
 
+// Where rows of floats are, one per token and head: the first, and the steps to the others in floats.
+struct Tokens {
+    const float* first;
+    int64_t batch, token, head;
+};
+
+// Scans over the tokens, ahead and back; see scan.h. Their results are added, and a direction without gates is left out. Rows
+// of gates are natural logarithms of them; or with a `root` r the gates are sigmoid(row)^(1 / r).
+struct Scan {
+    int64_t batch, tokens, heads, key, value, threads;
+    Tokens q, k, v, gates[2];
+    float* out;  // [batch, tokens, heads, value]
+    float scale, root;
+};
+
 // Memory of one thread, aligned for vectors and not cleared.
 class Scratch {
     std::vector<void*> held;

@@ -8,12 +8,16 @@ import math
 import threading
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..patterns import Separable
 from ..problem import Problem
 from . import blocks, boxes, lines
-from .build import library
+from .build import library, load
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KEPT_BYTES = 64 * 2**20  # of packed keys and values, kept per thread: fresh memory costs as much as filling it
 
 _kept = threading.local()
@@ -37,16 +41,16 @@ class Call(ctypes.Structure):
 
 def forward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, lse: bool):
     """Output and, if asked for, log-sum-exp, both float32. Shapes as in `attend`."""
-    q, lanes = _ready(q), library().vision_attn_lanes()
+    q, lanes = ready(q), library().vision_attn_lanes()
     given = dict(out=q.new_empty(*q.shape[:-1], problem.value_dim), lse=q.new_empty(q.shape[:-1]) if lse else None)
     if lines.chosen(problem, lanes):
-        k, v = _ready(k), _ready(v)  # what the form points to stays until the call is over
+        k, v = ready(k), ready(v)  # what the form points to stays until the call is over
         form = lines.plan(problem.pattern, problem.grid, lanes).structure(k, v)
         _call("forward_lines", form, problem, scale, q, bias=bias, **given)
         return given["out"], given["lse"]
     kind, plan = _plan(problem, lanes)
     if kind == "blocks" and not problem.extra and plan.few(lanes, problem.value_dim):
-        q, k, v = (_ready(t.flatten(1, -3)) for t in (q, k, v))
+        q, k, v = (ready(t.flatten(1, -3)) for t in (q, k, v))
         form = blocks.FewBlocks(plan.structure, lines.Rows.of(k), lines.Rows.of(v))
         _call("forward_few", form, dataclasses.replace(problem, grid=(problem.tokens,)), scale, q, **given)
     else:
@@ -61,10 +65,10 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, 
 
     `out` and `lse` are those of `forward`; `d_lse` may be None.
     """
-    like, keys, values = _ready(q), *_packed(k, v, extra_kv)
-    d_q, d_keys, d_values = torch.empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
+    like, keys, values = ready(q), *_packed(k, v, extra_kv)
+    d_q, d_keys, d_values = out.new_empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
     outer = dict(d_out=d_out.float().contiguous(), d_lse=None if d_lse is None else d_lse.float().contiguous())
-    d_bias = None if bias is None else torch.zeros(bias.shape)
+    d_bias = None if bias is None else out.new_zeros(bias.shape)
     kept = dict(keys=keys, values=values, out=out, lse=lse, bias=bias, d_bias=d_bias)
     kept |= dict(visible=extra_mask, d_q=d_q, d_keys=d_keys, d_values=d_values)
     kind, plan = _plan(problem, library().vision_attn_lanes())
@@ -80,8 +84,8 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, 
     return [d_q, *by_grid, *by_extra, d_bias]
 
 
-def _ready(q: torch.Tensor) -> torch.Tensor:
-    q = q.float()
+def ready(q: torch.Tensor) -> torch.Tensor:
+    q = q.float().resolve_neg()
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
@@ -103,11 +107,24 @@ def _packed(k, v, extra_kv) -> list[torch.Tensor]:
 
 
 def _room(count: int) -> torch.Tensor:
+    options = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
     if 4 * count > KEPT_BYTES:
-        return torch.empty(count)
+        return torch.empty(count, **options)
     if getattr(_kept, "room", None) is None or len(_kept.room) < count:
-        _kept.room = torch.empty(count)
+        _kept.room = torch.empty(count, **options)
     return _kept.room[:count]
+
+
+def direct(tensors: list[torch.Tensor]) -> bool:
+    """Whether tensors can go to the kernel past torch: plain ones on the CPU, whose gradients nobody needs, and nobody
+    looks on (a compiler, a trace, a transform or a mode would not see what is done); and whether there is a kernel."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if not all(type(t) in PLAIN and t.is_cpu and t.dtype in DTYPES for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and load()
 
 
 def _plan(problem: Problem, lanes: int) -> tuple[str, boxes.Plan | blocks.Plan]:

@@ -82,7 +82,7 @@ def plan(pattern: Separable, grid: tuple[int, ...], lanes: int) -> Plan:
     sides, tables = [], []
     for axis, side in zip(axes, (1, QUERIES // across, across), strict=True):
         cuts = [first for first, *_ in cut(axis, side)] + [axis.extent]
-        made = [torch.tensor(t, dtype=torch.int32) for t in (axis.order, axis.lo, axis.hi, cuts)]
+        made = [torch.tensor(t, dtype=torch.int32, device="cpu") for t in (axis.order, axis.lo, axis.hi, cuts)]
         sides.append(Side(len(cuts) - 1, *(t.data_ptr() for t in made)))
         tables += made
     return Plan(sides, tables)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 
 import torch
 
 from .build import library
+from .call import direct, ready
 from .lines import Rows
 
 LEAST = 4096  # queries in all heads: for fewer nobody should have to wait for a compiler
@@ -48,14 +48,9 @@ def sampled_windows(
         `[batch, height, width, heads, value_dim]` in the dtype of q.
     """
     tensors = [t for t in (q, k, v, points, bias) if t is not None]
-    if not able(tensors) or q.shape[:-1].numel() < LEAST:
+    if q.shape[:-1].numel() < LEAST or not direct(tensors):
         return None
-    lib = None
-    with contextlib.suppress(RuntimeError):
-        lib = library()
-    if lib is None:
-        return None
-    maps = [t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (q, k, v)]
+    maps = [ready(t) for t in (q, k, v)]
     points, bias = points.float().contiguous(), None if bias is None else bias.float().contiguous()
     out = q.new_empty(v.shape, dtype=torch.float32)
     batch, height, width, heads, dim = q.shape
@@ -64,14 +59,6 @@ def sampled_windows(
         bias is not None and len(bias) == 1, out.data_ptr(), batch, heads, height, width,
         round(points.shape[-1] ** 0.5), dim, v.shape[-1], torch.get_num_threads(), scale,
     )  # fmt: skip
-    if lib.vision_attn_forward_sampled(ctypes.byref(call)):
+    if library().vision_attn_forward_sampled(ctypes.byref(call)):
         raise MemoryError("the CPU kernel ran out of memory")
     return out.to(q.dtype)
-
-
-def able(tensors: list[torch.Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return all(t.is_cpu and t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in tensors)

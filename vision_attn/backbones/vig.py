@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, GluMlp, LayerNorm2d, RmsNorm, use_fused_attn
 from timm.models import generate_default_cfgs
 from torch import nn
@@ -19,7 +18,7 @@ from vision_attn.backbones.entries import register_variants
 from vision_attn.backbones.patches import ConvTokens
 from vision_attn.backbones.position import PositionTable, read_table
 from vision_attn.backbones.skeleton import Backbone, Stage, cfg, drop_path_rates, init_linear
-from vision_attn.modules.linear.formulas import gla
+from vision_attn.modules.linear.scan import gla_of_logits
 from vision_attn.modules.softmax import check_heads
 
 __all__ = ["ViG", "checkpoint_filter_fn"]
@@ -58,10 +57,7 @@ class GatedScan(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         local = self.in_proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         q, k, v = self.qkv_proj(local).split([self.key_dim, self.key_dim, 2 * self.key_dim], -1)
-        # gates are the 16th root of a sigmoid: near 1, so that the scan remembers
-        ahead, back = (F.logsigmoid(self.gk_proj(local)) / 16).chunk(2, -1)
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        out = gla(q, k, v, self.heads(ahead), self.heads(back), self.fused_attn)
+        out = gla_of_logits(self.heads(q), self.heads(k), self.heads(v), self.gk_proj(local), self.fused_attn)
         gate = self.heads(self.g_proj(local).sigmoid())
         out = self.g_norm(out) * gate + self.l_norm(self.heads(local)) * (1 - gate)
         return self.o_proj(self.out_act(out.flatten(-2)))

@@ -15,6 +15,7 @@ from torch import nn
 
 from vision_attn.modules.linear import formulas
 from vision_attn.modules.linear.rotary import axial_turns, check_rotary, rotate
+from vision_attn.modules.linear.scan import gla_of_logits
 from vision_attn.modules.softmax import softmax_attention
 
 __all__ = [
@@ -186,6 +187,4 @@ class GatedScan(nn.Module):
         self.decay = nn.Sequential(nn.Linear(dim, rank, bias=False, **dd), nn.Linear(rank, 2 * dim, **dd))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        decay = F.logsigmoid(self.decay(x)).div_(16)
-        ahead, back = decay.chunk(2, -1)
-        return formulas.gla(q, k, v, ahead.reshape(k.shape), back.reshape(k.shape), self.fused_attn)
+        return gla_of_logits(q, k, v, self.decay(x), self.fused_attn)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
 from vision_attn.kernels.linear import gated_scan_both
+from vision_attn.kernels.native.scan import scan
 
-__all__ = ["gla"]
+__all__ = ["gla", "gla_of_logits"]
 
 
 @register_notrace_function
@@ -26,6 +27,10 @@ def gla(
     least. With `fused=False` token by token. Paper: ViG: Linear-complexity Visual Sequence Learning with Gated Linear
     Attention.
     """
+    if fused and not torch.jit.is_scripting():
+        found = scan(q, k, v, log_decay, log_decay_back, 0.5 * q.shape[-1] ** -0.5)
+        if found is not None:
+            return found.to(v.dtype)
     mild = bool(torch.minimum(log_decay.amin(), log_decay_back.amin()) > -2)
     if fused and not mild and not torch.jit.is_scripting():
         return gated_scan_both(q, k, v, log_decay.to(q.dtype), log_decay_back.to(q.dtype))
@@ -41,6 +46,23 @@ def gla(
         with torch.autocast(q.device.type, enabled=False):
             out = _in_chunks(q2, k2, v2, ahead, back)
     return out.reshape(v.shape).to(v.dtype)
+
+
+@register_notrace_function
+def gla_of_logits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: torch.Tensor, fused: bool = True
+) -> torch.Tensor:
+    """`gla` with gates that are the 16th root of a sigmoid: near 1, so that the scans remember.
+
+    logits: `[batch, *grid, 2 * heads * head_dim]`, those of the scan forwards first.
+    """
+    ahead, back = logits.chunk(2, -1)
+    ahead, back = ahead.reshape(k.shape), back.reshape(k.shape)
+    if fused and not torch.jit.is_scripting():
+        found = scan(q, k, v, ahead, back, 0.5 * q.shape[-1] ** -0.5, 16.0)
+        if found is not None:
+            return found.to(v.dtype)
+    return gla(q, k, v, F.logsigmoid(ahead) / 16, F.logsigmoid(back) / 16, fused)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
