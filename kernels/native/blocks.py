@@ -50,7 +50,10 @@ class Plan:
 
 def plan(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
     """The lists of `pattern` on `grid`. Kept for the next call, but for a BlockList, which is new in every call."""
-    return (_make if isinstance(pattern, BlockList) else _kept)(pattern, grid, lanes)
+    if isinstance(pattern, BlockList) and pattern.within is None:
+        return _make(pattern, grid, lanes)
+    with torch.device("cpu"):  # whatever the default is
+        return (_make if isinstance(pattern, BlockList) else _kept)(pattern, grid, lanes)
 
 
 def _make(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
@@ -77,10 +80,10 @@ def _masks(pattern, grid, block, index, tested) -> tuple[torch.Tensor, torch.Ten
     """
     tokens, words = math.prod(grid), -(-block[0] // 32)
     columns = -(-tokens // block[1])
-    row = torch.arange(index.shape[-2], device="cpu")[:, None].expand(index.shape)[tested]
+    row = torch.arange(index.shape[-2])[:, None].expand(index.shape)[tested]
     pairs, which = torch.unique(row * columns + index[tested], return_inverse=True)
-    query, key, word = (torch.arange(count, device="cpu") for count in (words * 32, block[1], 32))
-    allowed, bit = pattern.predicate(grid), 1 << word
+    allowed, bit = pattern.predicate(grid), torch.ones((), dtype=torch.int64) << torch.arange(32)
+    query, key = torch.arange(words * 32), torch.arange(block[1])
     parts = []
     for some in pairs.split(max(AT_ONCE // (words * 32 * block[1]), 1)):
         q = ((some // columns) * block[0])[:, None] + query
@@ -89,6 +92,6 @@ def _masks(pattern, grid, block, index, tested) -> tuple[torch.Tensor, torch.Ten
         seen = allowed(q.clamp(max=tokens - 1)[:, :, None], k.clamp(max=tokens - 1)[:, None]) & real[:, :, None]
         parts.append((seen.view(len(some), words, 32, -1) * bit[:, None]).sum(2))
     bits, same = torch.unique(torch.cat(parts), dim=0, return_inverse=True)
-    number = torch.full(index.shape, -1, dtype=torch.int32, device="cpu")
+    number = torch.full(index.shape, -1, dtype=torch.int32)
     number[tested] = same[which].to(torch.int32)
     return number, bits.to(torch.int32)
