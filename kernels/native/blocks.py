@@ -63,9 +63,11 @@ def _make(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
     lead = (1, 1, *index.shape[:-2])[-2:]
     vectors = 2 if lists.block[0] > lanes else 1
     steps = [0 if lead[0] == 1 else lead[1] * rows, 0 if lead[1] == 1 else rows]
-    slot = torch.arange(slots, device="cpu")  # whatever the default is
-    tested = (slot >= full[..., None]) & (slot < count[..., None])
-    tensors = [index, count, *(_masks(pattern, grid, lists.block, index, tested) if tested.any() else ())]
+    tensors = [index, count]
+    if full is not count:
+        slot = torch.arange(slots)
+        tested = (slot >= full[..., None]) & (slot < count[..., None])
+        tensors += _masks(pattern, grid, lists.block, index, tested) if tested.any() else ()
     return Plan(Blocks(vectors, *lists.block, rows, slots, *steps, *(t.data_ptr() for t in tensors)), tensors)
 
 
