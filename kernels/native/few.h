@@ -101,14 +101,15 @@ class FewForward {
         for (Seen& each : seen) each.key.resize(pitch), each.value.resize(pitch);
     }
 
-    // Have the queries of `job` attend, a row of blocks of one head; those of the next are brought near meanwhile.
+    // Have the queries of `job` attend, a row of blocks of one head; those of the next job, the same row of the next head, are
+    // brought near meanwhile.
     void attend(int64_t job) {
         Seen &now = seen[job % 2], &then = seen[1 - job % 2];
         if (now.job != job) look(now, job);
         if (job + 1 < jobs) look(then, job + 1);
         const Sizes& sizes = call.sizes;
-        const int64_t head = job / blocks.rows % heads, batch = job / blocks.rows / heads;
-        const int64_t out = (batch * call.tokens() + job % blocks.rows * blocks.query) * heads + head;
+        const int64_t head = job % heads, row = job / heads % blocks.rows, batch = job / heads / blocks.rows;
+        const int64_t out = (batch * call.tokens() + row * blocks.query) * heads + head;
         for (int x = 0; x < now.count; x += 2 * LANES) {
             const int vectors = now.count - x > LANES ? 2 : 1;
             for (int n = 0; n < vectors; n++)
@@ -121,19 +122,19 @@ class FewForward {
         }
         for (int i = 0; i < now.queries; i += 4)
             with_constant<4>(now.queries - i, [&](auto n) INLINE_LAMBDA {
-                float by[4], *row[4], *lse = call.lse ? call.lse + out + i * heads : nullptr;
+                float by[4], *to[4], *lse = call.lse ? call.lse + out + i * heads : nullptr;
                 weigh_scores<n>(scores + i * pitch, pitch, now.count, by, lse, heads);
-                for (int j = 0; j < n; j++) row[j] = call.out + (out + (i + j) * heads) * sizes.value;
+                for (int j = 0; j < n; j++) to[j] = call.out + (out + (i + j) * heads) * sizes.value;
                 for (int c = 0; c < sizes.value; c += MOST * LANES)
                     with_constant<MOST>((sizes.value - c) / LANES, [&](auto vectors) INLINE_LAMBDA {
-                        weigh_values<n, vectors>(row, scores + i * pitch, pitch, by, now.value.data(), c, now.count);
+                        weigh_values<n, vectors>(to, scores + i * pitch, pitch, by, now.value.data(), c, now.count);
                     });
             });
     }
 
   private:
     void look(Seen& at, int64_t job) {
-        const int64_t row = job % blocks.rows, head = job / blocks.rows % heads, batch = job / blocks.rows / heads;
+        const int64_t head = job % heads, row = job / heads % blocks.rows, batch = job / heads / blocks.rows;
         const int64_t line = batch * blocks.batch + head * blocks.head + row, kv_head = head / call.group;
         const int64_t tokens = call.tokens(), start = row * blocks.query;
         at.job = job, at.count = 0, at.queries = (int)std::min<int64_t>(blocks.query, tokens - start);
@@ -157,7 +158,7 @@ class FewForward {
 
 static int forward_few(const Call& call, const FewBlocks& plan) {
     const int64_t rows = plan.blocks.rows, heads = (int64_t)call.batch * call.kv_heads * call.group;
-    return share(call.threads, heads * rows, rows, [&](auto next) {
+    return share(call.threads, heads * rows, rows * call.kv_heads * call.group, [&](auto next) {
         FewForward forward(call, plan);
         for (int64_t job = next(); job >= 0; job = next()) forward.attend(job);
     });
