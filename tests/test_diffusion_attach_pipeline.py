@@ -317,10 +317,13 @@ def test_accelerate_hooks(wan, first):
 
 
 def test_saved_model_is_plain(wan, tmp_path):
-    dense = run(wan)
+    dense, weights = run(wan), wan.state_dict()
     with attach(wan, LOCAL):
         wan.save_pretrained(tmp_path)
-    assert torch.equal(run(type(wan).from_pretrained(tmp_path)), dense)
+    loaded = type(wan).from_pretrained(tmp_path)
+    found = loaded.state_dict()
+    assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
+    torch.testing.assert_close(run(loaded), dense)  # products of weights that lie elsewhere may round differently
 
 
 # What is refused or left dense
