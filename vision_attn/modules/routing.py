@@ -148,8 +148,9 @@ def by_region(x: torch.Tensor, regions: int) -> torch.Tensor:
     below, right = -height % h, -width % w
     if below + right > 0:
         x = F.pad(x, (0, 0, 0, right, 0, below))
-    x = x.view(x.shape[0], (height + below) // h, h, (width + right) // w, w, x.shape[3])
-    return x.transpose(2, 3).reshape(x.shape[0], -1, h * w, x.shape[5])
+    down, across = (height + below) // h, (width + right) // w
+    x = x.view(x.shape[0], down, h, across, w, x.shape[3]).transpose(2, 3)
+    return x.reshape(x.shape[0], down * across, h * w, x.shape[5])
 
 
 @register_notrace_function

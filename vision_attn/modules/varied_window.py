@@ -120,13 +120,15 @@ class VariedWindowAttention(nn.Module):
         k, v = kv.chunk(2, -1)
         out = softmax_attention(q, k, v, self.fused_attn, 0.0, bias, self.scale)
         batch, height, width, size = qkv.shape[0], qkv.shape[1], qkv.shape[2], self.window
-        out = out.view(batch, height // size, width // size, heads, size, size, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.view(batch, height // size, width // size, heads, size, size, out.shape[-1])
+        out = out.permute(0, 1, 4, 2, 5, 3, 6)
         return out.reshape(batch, height, width, self.out_dim)
 
     def queries(self, qkv: torch.Tensor) -> torch.Tensor:
         """`[batch * windows, heads, tokens, head_dim]`."""
         batch, height, width, size = qkv.shape[0], qkv.shape[1], qkv.shape[2], self.window
-        q = qkv[..., : self.out_dim].reshape(batch, height // size, size, width // size, size, self.num_heads, -1)
+        q = qkv[..., : self.out_dim].unflatten(-1, (self.num_heads, -1))
+        q = q.reshape(batch, height // size, size, width // size, size, self.num_heads, q.shape[-1])
         return q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
     def points(self, means: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -174,13 +176,13 @@ def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Maps `[batch, height, width, parts, heads, dim]` between tokens, zero outside, at points `[2, batch, windows,
     heads, tokens]`: `[batch, windows, heads, tokens, parts * dim]`."""
     batch, height, width, heads = maps.shape[0], maps.shape[1], maps.shape[2], maps.shape[4]
-    maps = maps.permute(0, 4, 1, 2, 3, 5).reshape(batch * heads, height, width, -1)
+    maps = maps.permute(0, 4, 1, 2, 3, 5).flatten(4).flatten(0, 1)
     if maps.device.type == "cpu" and points.numel() >= 4096:
         return _sums_of_rows(maps, points)
     half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=points.dtype, device=points.device)
     places = points.permute(1, 3, 2, 4, 0).flatten(0, 1) / half - 1
     out = F.grid_sample(maps.permute(0, 3, 1, 2), places, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return out.view(batch, heads, -1, points.shape[2], points.shape[4]).permute(0, 3, 1, 4, 2)
+    return out.unflatten(0, (batch, heads)).permute(0, 3, 1, 4, 2)
 
 
 def _sums_of_rows(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

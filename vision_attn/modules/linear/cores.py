@@ -77,6 +77,8 @@ class Softmax(nn.Module):
 def local_taps(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Depthwise 3 x 3 convolution of v `[batch, height, width, ...]`, taps `[batch, channels * 9, 1]` per image."""
     batch, height, width = v.shape[0], v.shape[1], v.shape[2]
+    if batch == 0:
+        return v  # a convolution has at least one group
     # the channels of all images side by side, last in memory, which is fastest
     maps = v.flatten(3).permute(1, 2, 0, 3).reshape(1, height, width, -1).permute(0, 3, 1, 2)
     kernels = taps.reshape(maps.shape[1], 1, 3, 3).to(v.dtype)
@@ -92,7 +94,7 @@ class PerHead(nn.Conv1d):
         super().__init__(dim, out_dim, 1, groups=num_heads, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = x.view(x.shape[0], self.groups, -1).transpose(0, 1)
+        heads = x.unflatten(1, (self.groups, -1)).flatten(2).transpose(0, 1)
         out = heads @ self.weight.view(self.groups, -1, heads.shape[-1]).transpose(1, 2)
         out, bias = out.transpose(0, 1).flatten(1), self.bias
         return (out if bias is None else out + bias).unsqueeze(-1)

@@ -31,7 +31,7 @@ def gla(
         found = scan(q, k, v, log_decay, log_decay_back, 0.5 * q.shape[-1] ** -0.5)
         if found is not None:
             return found.to(v.dtype)
-    mild = bool(torch.minimum(log_decay.amin(), log_decay_back.amin()) > -2)
+    mild = bool((log_decay > -2).all() & (log_decay_back > -2).all())
     if fused and not mild and not torch.jit.is_scripting():
         return gated_scan_both(q, k, v, log_decay.to(q.dtype), log_decay_back.to(q.dtype))
     q2, k2, v2 = _flat(q) * (0.5 * q.shape[-1] ** -0.5), _flat(k), _flat(v)
@@ -115,9 +115,10 @@ def _scan(
     """Queries times their gates since the middle of the chunk, keys divided by theirs, and the states that the queries
     read: those of the chunks before, at the middle of this one."""
     heads, chunks, size = q.shape[1], q.shape[2], q.shape[3]
-    logs = log_decay.flatten(2).reshape(q.shape[0] * chunks, size, -1)
+    logs = log_decay.flatten(2)
+    logs = logs.reshape(q.shape[0] * chunks, size, logs.shape[-1])
     gates = (sums.expand(logs.shape[0], -1, -1) @ logs).exp_()
-    gates = gates.view(q.shape[0], chunks, size + 1, heads, -1).permute(0, 3, 1, 2, 4)
+    gates = gates.view(q.shape[0], chunks, size + 1, heads, logs.shape[-1] // heads).permute(0, 3, 1, 2, 4)
     gates, middle = gates[..., :size, :], gates[..., size, :].unsqueeze(-1)
     end = gates[..., 0 if back else size - 1, :].unsqueeze(-1)
     q, k = q * gates, k / gates
