@@ -132,7 +132,8 @@ def _dense(q, k, v, shards: Shards, grid, sizes, rank: int, options: dict[str, A
         keys, values = (torch.cat(pair, 1) for pair in zip((keys, values), extra_kv, strict=True))
     heads_first = (t.transpose(1, 2) for t in (q.flatten(1, -3), keys, values))
     grouped = q.shape[-2] != k.shape[-2]
-    out = F.scaled_dot_product_attention(*heads_first, mask, scale=options.get("scale"), enable_gqa=grouped)
+    with torch.autocast(q.device.type, enabled=False):  # as in attend
+        out = F.scaled_dot_product_attention(*heads_first, mask, scale=options.get("scale"), enable_gqa=grouped)
     return out.transpose(1, 2).unflatten(1, q.shape[1:-2])
 
 
@@ -140,7 +141,8 @@ def _by_blocks(q, k, v, pattern, shards: Shards, grid, sizes, rank: int, options
     """A pattern of block lists, on a line of the tokens that this rank holds."""
     from .attend import attend
 
-    plan = block_route(pattern, grid, shards.axis, sizes, rank, q.device)
+    with torch.device("cpu"):  # whatever the default is
+        plan = block_route(pattern, grid, shards.axis, sizes, rank, q.device)
     moves, shape = plan.moves, q.shape[1:-2]
     pending = Pending(moves, shards.group)
     q, k, v = (t.flatten(1, -3) for t in (q, k, v))
@@ -173,8 +175,8 @@ def _pooled(k, v, pattern: Circle, shards: Shards, grid, sizes, rank: int, extra
 
 def _check(pattern: Pattern, shards: Shards, problem: Problem) -> None:
     axes, name = len(problem.grid), type(pattern).__name__
-    if not 0 <= shards.axis < axes:
-        raise ValueError(f"Shards(axis={shards.axis}): the grid has {axes} axes, numbered from 0")
+    if not isinstance(shards.axis, int) or not 0 <= shards.axis < axes:
+        raise ValueError(f"Shards(axis={shards.axis!r}): the grid has {axes} axes, numbered from 0")
     if not isinstance(pattern, (Separable, Blocked)):
         raise ValueError(f"{name} gives neither windows nor block lists, so the rows that it needs are not known")
     if pattern.score_rule(problem.grid) is not None:

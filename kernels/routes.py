@@ -176,6 +176,7 @@ class BlockRoute:
 
 # Static patterns come again with every layer and step; a list that is new in every call pushes old ones out.
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for calls that have gradients
 def block_route(
     pattern: Blocked, grid: tuple[int, ...], axis: int, sizes: tuple[int, ...], rank: int, device: torch.device
 ) -> BlockRoute:

@@ -24,6 +24,19 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled", "masked", "cpu"])
+@pytest.mark.parametrize("pattern", [Neighborhood(window=3), Window(size=4), Radial(decay=0.5)], ids=str)
+def test_inference_mode_leaves_nothing_that_a_gradient_trips_over(backend, pattern):
+    """What is kept for the next call was made in the one before, with whatever mode that ran in."""
+    grid = (3, 8, 8) if isinstance(pattern, Radial) else (8, 8)
+    q, k, v = torch.randn(3, 1, *grid, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+    for mode in (torch.inference_mode, torch.enable_grad, torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            out = attend(q, k, v, pattern, backend=backend)
+        if mode is torch.enable_grad:
+            out.sum().backward(retain_graph=True)
+
+
 @pytest.fixture
 def uncompiled_flex(monkeypatch):
     """FlexAttention evaluated pair by pair: the layouts and predicates are ours, compiling is tested apart."""

@@ -497,6 +497,17 @@ def test_defaults_of_torch_are_not_its_own(pattern):
             torch.testing.assert_close(a, b)
 
 
+def test_block_lists_under_another_default_device():
+    """Made for one call, of wide integers, with nothing to test inside: no guard runs, so nothing may be made there."""
+    seen = torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) < 0.7
+    lists = BlockList.from_mask(seen, 64)
+    lists = dataclasses.replace(lists, index=lists.index.long(), count=lists.count.long())
+    q, k, v = torch.randn(3, 1, 256, 2, 16)
+    want = attend(q, k, v, lists, backend="cpu")
+    with torch.device("meta"):
+        assert torch.equal(attend(q, k, v, lists, backend="cpu"), want)
+
+
 # The build. A stand-in for the compiler hands out the library that is there already, so that this takes no minutes.
 
 COMPILER = """

@@ -204,6 +204,7 @@ def wrong(rank: int, group, alone) -> list[str]:
         lambda: same(Neighborhood(window=3), parallel=both(axis=rank)),
         lambda: same(Neighborhood(window=17), parallel=both()),
         lambda: same(Neighborhood(window=3), parallel=both(axis=2)),
+        lambda: same(Neighborhood(window=3), parallel=both(axis="rows")),
         lambda: same(Circle(radius=2, pooled=5), parallel=both()),
         lambda: same(LengthDecay(train_frames=2), parallel=both()),
         lambda: same(BlockList.from_mask(torch.ones(5, 6, dtype=torch.bool), 16), parallel=both()),
@@ -230,8 +231,8 @@ def test_calls_that_do_not_fit_together(found):
             said,
             (
                 "differ in batch: [1, 2]", "differ in grid: [3, 4]", "differ in pattern", "differ in pattern",
-                "differ in axis: [0, 1]", "window", "has 2 axes", "cells of 5 x 5", "use the Ulysses parallelism",
-                "BlockList has 5 rows, but 96 tokens", "bias must be [4, 5, 5]",
+                "differ in axis: [0, 1]", "window", "has 2 axes", "axis='rows'", "cells of 5 x 5",
+                "use the Ulysses parallelism", "BlockList has 5 rows, but 96 tokens", "bias must be [4, 5, 5]",
                 "refused on rank 0" if rank else "every size of a grid",
                 "is not in the group", "parallel must be Shards",
             ),

@@ -141,6 +141,14 @@ def test_what_it_leaves_to_torch(monkeypatch):
     assert sampled.sampled_windows(*args) is not None
     assert sampled.sampled_windows(*(t.double() if isinstance(t, torch.Tensor) else t for t in args)) is None
     assert sampled.sampled_windows(args[0].clone().requires_grad_(), *args[1:]) is None
+    for place, wrong in (
+        (0, args[0][:, :6]),  # no whole windows
+        (1, args[1][:, :4]),  # not the map of q
+        (2, args[2][:, :, :, :1]),
+        (3, args[3][:, :, :3]),
+        (4, torch.zeros(1, 2, 9, 9)),
+    ):
+        assert sampled.sampled_windows(*args[:place], wrong, *args[place + 1 :]) is None, place
     monkeypatch.setattr(sampled, "LEAST", 8 * 8 * 2 + 1)
     assert sampled.sampled_windows(*args) is None
     monkeypatch.setattr(sampled, "LEAST", 1)

@@ -82,7 +82,7 @@ def test_gradients(many, size, form, monkeypatch):
 def test_small_maps_are_masked_until_there_are_many(monkeypatch):
     calls = []
     monkeypatch.setattr(routing_module, "attend", lambda *args, **options: calls.append(1) or attend(*args, **options))
-    layer, x = _layer(topk=2).float(), _map(8, 9, batch=11).float()
+    layer, x = _layer(topk=2).float(), _map(8, 9, batch=19).float()
     together = layer(x)
     assert len(calls) == 1
     torch.testing.assert_close(together, torch.cat([layer(one) for one in x.split(1)]))
@@ -155,6 +155,14 @@ def test_half_precision(dtype, form):
 def test_scripts():
     layer, x = _layer(topk=3, form="nchw", mask_padding=True), _map(15, 17)
     torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces():
+    """In many images too, whose lists are for the CPU kernel otherwise."""
+    layer, x = _layer(32, 2, topk=4, regions=7).float(), _map(14, 14, 32, batch=24).float()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(layer, x)(x.flip(0)), layer(x.flip(0)))
 
 
 def test_compiles_without_breaks():

@@ -73,6 +73,7 @@ def backward(problem: Problem, q, k, v, scale, extra_kv, extra_mask, bias, out, 
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # kept for calls that have gradients
 def _mask(pattern: Pattern, grid: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """`[tokens, tokens]`: 0 where the query sees the key, else minus infinity."""
     seen = pattern.mask(grid)
@@ -80,6 +81,7 @@ def _mask(pattern: Pattern, grid: tuple[int, ...], dtype: torch.dtype) -> torch.
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # kept for calls that have gradients
 def _entries(pattern: Pattern, grid: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
     """Which entry of the flattened bias each pair of tokens takes, `[tokens * tokens]`."""
     numbers = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)

@@ -50,7 +50,7 @@ class Plan:
 
 def plan(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
     """The lists of `pattern` on `grid`. Kept for the next call, but for a BlockList, which is new in every call."""
-    if isinstance(pattern, BlockList) and pattern.within is None:
+    if isinstance(pattern, BlockList) and pattern.within is None:  # nothing to test, so nothing is made on a device
         return _make(pattern, grid, lanes)
     with torch.device("cpu"):  # whatever the default is
         return (_make if isinstance(pattern, BlockList) else _kept)(pattern, grid, lanes)
@@ -64,7 +64,7 @@ def _make(pattern: Blocked, grid: tuple[int, ...], lanes: int) -> Plan:
     vectors = 2 if lists.block[0] > lanes else 1
     steps = [0 if lead[0] == 1 else lead[1] * rows, 0 if lead[1] == 1 else rows]
     tensors = [index, count]
-    if full is not count:
+    if not isinstance(pattern, BlockList) or pattern.within is not None:
         slot = torch.arange(slots)
         tested = (slot >= full[..., None]) & (slot < count[..., None])
         tensors += _masks(pattern, grid, lists.block, index, tested) if tested.any() else ()

@@ -106,6 +106,7 @@ def _packed(k, v, extra_kv) -> list[torch.Tensor]:
     return packed
 
 
+@torch.inference_mode(False)  # kept for calls that have gradients
 def _room(count: int) -> torch.Tensor:
     options = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
     if 4 * count > KEPT_BYTES:

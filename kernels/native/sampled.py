@@ -35,7 +35,7 @@ def sampled_windows(
     """Attention of every window of a map to keys and values at points of its own, bilinear, zero outside of the map.
 
     None where it is not computed here: off the CPU, in float64, where a gradient is needed, for few queries, where
-    somebody looks on, and without a kernel (`build.missing` says why).
+    sizes do not fit together, where somebody looks on, and without a kernel (`build.missing` says why).
 
     Args:
         q: `[batch, height, width, heads, head_dim]`, whole windows.
@@ -48,7 +48,7 @@ def sampled_windows(
         `[batch, height, width, heads, value_dim]` in the dtype of q.
     """
     tensors = [t for t in (q, k, v, points, bias) if t is not None]
-    if q.shape[:-1].numel() < LEAST or not direct(tensors):
+    if q.shape[:-1].numel() < LEAST or not _fit(q, k, v, points, bias) or not direct(tensors):
         return None
     maps = [ready(t) for t in (q, k, v)]
     points, bias = points.float().contiguous(), None if bias is None else bias.float().contiguous()
@@ -62,3 +62,15 @@ def sampled_windows(
     if library().vision_attn_forward_sampled(ctypes.byref(call)):
         raise MemoryError("the CPU kernel ran out of memory")
     return out.to(q.dtype)
+
+
+def _fit(q, k, v, points, bias) -> bool:
+    """Whether sizes fit together; where they do not, the form in torch says why."""
+    batch, height, width, heads = q.shape[:-1]
+    size = round(points.shape[-1] ** 0.5)
+    windows = height // size * (width // size)
+    if size**2 != points.shape[-1] or windows * size**2 != height * width:
+        return False
+    if points.shape[:-1] != (2, batch, windows, heads) or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
+        return False
+    return bias is None or bias.shape in ((n, heads, size**2, size**2) for n in (1, batch * windows))

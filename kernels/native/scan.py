@@ -10,7 +10,7 @@ from torch import Tensor
 from .build import library
 from .call import direct, ready
 
-LEAST = 256  # queries in all batch entries and heads: for fewer nobody should have to wait for a compiler
+LEAST = 256  # queries in all batch entries and heads: fewer take torch no time
 
 
 class Scan(ctypes.Structure):

@@ -14,7 +14,7 @@ __all__ = ["BiLevelRoutingAttention", "routed_attention"]
 
 FORMS = ("legacy", "nchw")
 SMALL = 256  # tokens up to which one masked call takes less time than lists of tiny blocks,
-MANY = 2048  # unless the images have that many queries in all heads, and the lists run in the CPU kernel
+MANY = 4096  # unless the images have as many queries in all heads as the CPU kernel takes lists of
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -185,7 +185,7 @@ def attention_of_regions(
         hidden = (_real(tokens, height, width, regions).view(1, -1, 1, 1) - 1) * 30000  # near the end of half precision
         q, k = torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, hidden.expand_as(k[..., :1])], -1)
     scale = dim**-0.5
-    if fused and not torch.jit.is_scripting():
+    if fused and not torch.jit.is_scripting() and not torch.jit.is_tracing():
         out = _by_blocks(q, k, v, index, size, scale)
     else:
         out = _by_copies(q, k, v, index, size, scale)
@@ -205,7 +205,7 @@ def _choose(tokens: torch.Tensor, height: int, width: int, h: int, w: int, topk:
     """The regions that each region sees, `[batch, regions, topk]`; `tokens` are those of `by_region`."""
     means = tokens.detach()[..., : tokens.shape[-1] // 3 * 2].mean(2)
     if height % h + width % w > 0:  # means of real tokens only; a region has one at least
-        rows, columns = torch.arange(height), torch.arange(width)
+        rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
         real = torch.bincount(rows // h)[:, None] * torch.bincount(columns // w)
         means = means * (h * w / real).flatten()[:, None].to(means)
     q, k = means.chunk(2, -1)

@@ -1,8 +1,9 @@
 """The formulas of linear attention: each is `q_i (sum_j k_j v_j^T)` with features, divisors and offsets of its own.
 
-q, k, v are `[batch, *grid, heads, head_dim]`, and so is what comes back, in the dtype of v. Everything in between is
-float32 at least; sums over tokens are means, so that numbers do not grow with the map. `turns` are rotary positions
-(`axial_turns`); they apply to the products of features, not to divisors. Each is one node of an fx graph, and scripts.
+q, k, v are `[batch, *grid, heads, head_dim]`; what comes back is on the grid of q, in the dtype of v. Everything in
+between is float32 at least; sums over tokens are means, so that numbers do not grow with the map. `turns` are rotary
+positions (`axial_turns`); they apply to the products of features, not to divisors. Each is one node of an fx graph, and
+scripts.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def _mix_and_dot(
 
 
 def _normalized(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, turns: torch.Tensor | None
+    f: torch.Tensor, g: torch.Tensor, q: torch.Tensor, v: torch.Tensor, eps: float, turns: torch.Tensor | None
 ) -> torch.Tensor:
-    """`q_i (mean k v^T) / (<q_i, mean k> + eps)` of features and of v as it came."""
-    out, divisor = _mix_and_dot(q, k, _own(v), 1.0, turns)
-    return _as_came(out / (divisor + eps), v, v)
+    """`f_i (mean g v^T) / (<f_i, mean g> + eps)` of features f of q and g of the keys, and of q and v as they came."""
+    out, divisor = _mix_and_dot(f, g, _own(v), 1.0, turns)
+    return _as_came(out / (divisor + eps), q, v)
 
 
 def _tokens(x: torch.Tensor) -> int:
@@ -87,70 +88,69 @@ def _tokens(x: torch.Tensor) -> int:
 @register_notrace_function
 def elu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Features elu + 1, weights that sum to 1. Paper: Transformers are RNNs."""
-    return _normalized(_positive(q), _positive(k), v, 1e-6 / _tokens(k), turns)
+    return _normalized(_positive(q), _positive(k), q, v, 1e-6 / _tokens(k), turns)
 
 
 @register_notrace_function
 def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Features relu, weights that sum to 1; a query without a positive feature gives 0."""
-    return _normalized(_own(q).relu_(), _own(k).relu_(), v, 1e-6 / _tokens(k), turns)
+    return _normalized(_own(q).relu_(), _own(k).relu_(), q, v, 1e-6 / _tokens(k), turns)
 
 
 @register_notrace_function
 def care(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """As `elu`, with the constant of the divisor added to means. Paper: CARE Transformer."""
-    return _normalized(_positive(q), _positive(k), v, 1e-6, turns)
+    return _normalized(_positive(q), _positive(k), q, v, 1e-6, turns)
 
 
 @register_notrace_function
 def rala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Keys weighted by how well they fit the mean query, which raises the rank. Paper: Breaking the Low-Rank Dilemma of
     Linear Attention."""
-    q, k = _positive(q), _positive(k)
-    fit = _dot(k, _mean(q)) * q.shape[-1] ** -0.5
-    k = k * (fit.softmax(2) * fit.shape[2])
-    return _normalized(q, k, v, 1e-6, turns)
+    f, g = _positive(q), _positive(k)
+    fit = _dot(g, _mean(f)) * q.shape[-1] ** -0.5
+    g = g * (fit.softmax(2) * fit.shape[2])
+    return _normalized(f, g, q, v, 1e-6, turns)
 
 
 @register_notrace_function
 def nala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Directions raised to a power that grows with the norm of the query, positive and negative parts apart. Paper:
     NaLaFormer: Norm-Aware Linear Attention."""
-    q, k = _own(q), _own(k)
-    norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    f, g = _own(q), _own(k)
+    norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
     # the power by its logarithm, which takes a third of the time; at 0 it would have no gradient
-    raised = q.abs().clamp_(min=1e-36).log_().sub_((norm + 1e-6).log_()).mul_(3 * (0.5 + norm.tanh())).exp_()
-    q, k, values = raised.copysign(q), (k * k).mul_(k), _own(v)
-    out, divisor = _mix_and_dot(q.clamp(min=0.0), k.clamp(min=0.0), values, 1.0, turns)
-    below, below_divisor = _mix_and_dot(q.clamp(max=0.0), k.clamp(max=0.0), values, 1.0, turns)
-    return _as_came(out.add_(below) / (divisor + below_divisor + 1e-6), v, v)
+    raised = f.abs().clamp_(min=1e-36).log_().sub_((norm + 1e-6).log_()).mul_(3 * (0.5 + norm.tanh())).exp_()
+    f, g, values = raised.copysign(f), (g * g).mul_(g), _own(v)
+    out, divisor = _mix_and_dot(f.clamp(min=0.0), g.clamp(min=0.0), values, 1.0, turns)
+    below, below_divisor = _mix_and_dot(f.clamp(max=0.0), g.clamp(max=0.0), values, 1.0, turns)
+    return _as_came(out.add_(below) / (divisor + below_divisor + 1e-6), q, v)
 
 
 @register_notrace_function
 def mala(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
     """Weights that keep what the norm of the query says, scaled and shifted to sum to 1. Paper: Rectifying Magnitude
     Neglect in Linear Attention."""
-    q, k, scale = _positive(q), _positive(k), q.shape[-1] ** -0.5
     values = _own(v)
-    out, z = _mix_and_dot(q, k, values, scale, turns)
-    return _as_came(torch.addcmul((1 + 1 / (z + 1e-6)) * out, z, _mean(values), value=-1.0), v, v)
+    out, z = _mix_and_dot(_positive(q), _positive(k), values, q.shape[-1] ** -0.5, turns)
+    return _as_came(torch.addcmul((1 + 1 / (z + 1e-6)) * out, z, _mean(values), value=-1.0), q, v)
 
 
 @register_notrace_function
 def inline(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str = "identity") -> torch.Tensor:
     """Weights that sum to 1 by subtraction and may be negative; feature "identity", "relu", "leaky_relu" or "exp"
     (of a fifth). Paper: Bridging the Divide: Reconsidering Softmax and Linear Attention."""
-    q, k, values, scale = _own(q), _own(k), _own(v), q.shape[-1] ** -0.5
+    f, g, values, scale = _own(q), _own(k), _own(v), q.shape[-1] ** -0.5
     if feature == "relu":
-        q, k = q.relu_(), k.relu_()
+        f, g = f.relu_(), g.relu_()
     elif feature == "leaky_relu":
-        q, k = F.leaky_relu(q), F.leaky_relu(k)
+        f, g = F.leaky_relu(f), F.leaky_relu(g)
     elif feature == "exp":
-        q, k = (0.2 * q).exp(), (0.2 * k).exp()
+        f, g = (0.2 * f).exp(), (0.2 * g).exp()
     elif feature != "identity":
         raise ValueError(f"feature '{feature}'; allowed: 'identity', 'relu', 'leaky_relu', 'exp'")
-    # scale q_i (mean k v^T) + (1 - scale <q_i, mean k>) mean v, with k minus its mean
-    return _as_came(_mix(q, k - _mean(k), values, scale).add_(_mean(values)), v, v)
+    # scale f_i (mean g v^T) + (1 - scale <f_i, mean g>) mean v, with g minus its mean
+    return _as_came(_mix(f, g - _mean(g), values, scale).add_(_mean(values)), q, v)
 
 
 @register_notrace_function
@@ -160,8 +160,8 @@ def l2vit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.
     out, divisor = _mix_and_dot(_own(q).relu_(), _own(k).relu_(), _own(v), 1.0)
     out = out / divisor.clamp(min=100.0 / _tokens(k))
     if temperature is None:
-        return _as_came(out * q.shape[-1] ** -0.5, v, v)
-    return _as_came(out * temperature.view(-1, 1, 1), v, v)
+        return _as_came(out * q.shape[-1] ** -0.5, q, v)
+    return _as_came(out * temperature.view(-1, 1, 1), q, v)
 
 
 @register_notrace_function
@@ -192,7 +192,7 @@ def _flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def lightnet(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Features silu of q, and of k a softmax over the tokens. Paper: You Only Scan Once: Efficient Multi-dimension
     Sequential Modeling with LightNet."""
-    return _as_came(_mix(F.silu(_own(q)), _own(k).softmax(2), _own(v), float(_tokens(k))), v, v)
+    return _as_came(_mix(F.silu(_own(q)), _own(k).softmax(2), _own(v), float(_tokens(k))), q, v)
 
 
 FORMULAS = {f.__name__: f for f in (elu, relu, mala, rala, inline, l2vit, flow, care, nala, lightnet, gla)}

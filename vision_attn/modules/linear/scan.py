@@ -23,15 +23,15 @@ def gla(
 ) -> torch.Tensor:
     """Mean of `head_dim ** -0.5 q_t h_t` over both directions, with `h_t = exp(log_decay_t) h_(t-1) + k_t v_t^T`.
 
-    All are `[batch, *grid, heads, head_dim]`; the tokens of a grid are scanned row-major, and sums are float32 at
-    least. With `fused=False` token by token. Paper: ViG: Linear-complexity Visual Sequence Learning with Gated Linear
-    Attention.
+    All are `[batch, *grid, heads, head_dim]`, the logarithms at most 0; the tokens of a grid are scanned row-major, and
+    sums are float32 at least. With `fused=False` token by token. Paper: ViG: Linear-complexity Visual Sequence Learning
+    with Gated Linear Attention.
     """
     if fused and not torch.jit.is_scripting():
         found = scan(q, k, v, log_decay, log_decay_back, 0.5 * q.shape[-1] ** -0.5)
         if found is not None:
             return found.to(v.dtype)
-    mild = bool((log_decay > -2).all() & (log_decay_back > -2).all())
+    mild = bool((log_decay > -1).all() & (log_decay_back > -1).all())
     if fused and not mild and not torch.jit.is_scripting():
         return gated_scan_both(q, k, v, log_decay.to(q.dtype), log_decay_back.to(q.dtype))
     q2, k2, v2 = _flat(q) * (0.5 * q.shape[-1] ** -0.5), _flat(k), _flat(v)
@@ -83,10 +83,10 @@ def _token_by_token(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay
 def _in_chunks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, log_decay_back: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of both scans of `[batch, tokens, heads, dim]`, whose gates are above exp(-2).
+    """Sum of both scans of `[batch, tokens, heads, dim]`, whose gates are above exp(-1).
 
-    Then all gates between a token and the middle of its chunk of 64 have a product of at least exp(-64), which float32
-    can divide by: queries times their gates since the middle meet keys divided by theirs.
+    Then all gates between a token and the middle of its chunk of 64 have a product of at least exp(-32), which float32
+    can divide by, also squared as gradients do: queries times their gates since the middle meet keys divided by theirs.
     """
     tokens = q.shape[1]
     chunks = -(-tokens // 64)
