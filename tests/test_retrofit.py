@@ -333,7 +333,7 @@ def test_errors_name_what_was_looked_for():
         ValueError, match="nothing to attach to in ResNet: looked for attention layers in VisionTransformer"
     ):
         attach(conv, LOCAL)
-    with pytest.raises(ValueError, match="then for modules that call scaled_dot_product_attention"):
+    with pytest.raises(ValueError, match="then for modules whose class has Attention in its name"):
         attach(conv, LOCAL, grid=(5, 5))
     with pytest.raises(ValueError, match="cannot attach to NaFlexVit: the images of one batch"):
         attach(timm.create_model("naflexvit_base_patch16_gap", embed_dim=24, depth=1, num_heads=2), LOCAL)
@@ -358,6 +358,13 @@ def test_errors_name_what_was_looked_for():
         pytest.raises(AttachError, match=r"grid=\(4, 4\), but this image has \(5, 5\)"),
     ):
         net(torch.randn(1, 3, 80, 80))
+    with pytest.raises(ValueError, match="says what is before its grid; leave prefix out"):
+        attach(net, LOCAL, grid=(5, 5), prefix=1)
+    for options in ({"prefix": 1}, {"grid": (5, 5), "prefix": -1}):
+        with pytest.raises(ValueError, match="prefix is a number of tokens, from 0, and goes with grid"):
+            attach(net, LOCAL, **options)
+    with pytest.raises(TypeError, match="cannot attach to list; allowed: pipelines of diffusers, and torch modules"):
+        attach([], LOCAL)
     with pytest.raises(ValueError, match="grid"):
         attach(net, LOCAL, grid=(5, 0))
     assert not any("_vision_attn" in vars(m) for m in net.modules())
@@ -379,8 +386,6 @@ def test_towers_inside_of_other_models():
 
 
 def test_a_class_that_is_not_known_needs_a_grid(monkeypatch):
-    from vision_attn.retrofit import attach
-
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -397,6 +402,29 @@ def test_a_class_that_is_not_known_needs_a_grid(monkeypatch):
         sparse = net(x)
     assert run.report.towers[0].calls["sparse"] == 2
     Oracle(Model("", grid=(4, 5), prefix=0), monkeypatch)
+    torch.testing.assert_close(sparse, net(x))
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_attention_of_ones_own(prefix, monkeypatch):
+    """Its class is known by name only, and what is before the grid by what one says."""
+
+    class Attn(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(24, 72)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(Attn(), Attn()).double().eval(), torch.randn(2, prefix + 20, 24).double()
+    dense = net(x)
+    with attach(net, LOCAL, grid=(4, 5), prefix=prefix, strict=True) as run:
+        sparse = net(x)
+    assert run.report.towers[0].calls["sparse"] == 2 and torch.equal(net(x), dense)
+    Oracle(Model("", grid=(4, 5), prefix=prefix), monkeypatch)
     torch.testing.assert_close(sparse, net(x))
 
 

@@ -49,7 +49,8 @@ class Model:
         return torch.randn(batch, 3, *(n * self.patch for n in self.grid))
 
     def run(self, net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        return net.encode_image(images) if hasattr(net, "encode_image") else net(images)
+        out = net.encode_image(images) if hasattr(net, "encode_image") else net(images)
+        return getattr(out, "last_hidden_state", out)
 
 
 def blocks_of(cls: type) -> Callable[[], torch.nn.Module]:
@@ -62,6 +63,17 @@ def clip(**vision: Any) -> Callable[[], torch.nn.Module]:
 
         text = open_clip.CLIPTextCfg(context_length=8, vocab_size=50, width=24, heads=2, layers=2)
         return open_clip.CLIP(16, vision, text)
+
+    return make
+
+
+def hugging(name: str, **options: Any) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        import transformers
+
+        small = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        config = getattr(transformers, f"{name}Config")(**small, image_size=80, patch_size=16, **options)
+        return getattr(transformers, f"{name}Model")(config)
 
     return make
 
@@ -102,6 +114,13 @@ SEQUENCES = [
         calls=6,
         make=clip(timm_model_name="test_vit", timm_pool="", timm_proj="linear", image_size=160),
     ),
+    Model("transformers ViT", make=hugging("ViT")),
+    Model("transformers DeiT", make=hugging("DeiT"), prefix=2),
+    Model("transformers DINOv2", make=hugging("Dinov2"), grid=(4, 7)),
+    Model("transformers DINOv2 with registers", make=hugging("Dinov2WithRegisters", num_register_tokens=3), prefix=4),
+    Model("transformers DINOv3", make=hugging("DINOv3ViT", num_register_tokens=4), grid=(4, 7), prefix=5),
+    Model("transformers CLIP", make=hugging("CLIPVision")),
+    Model("transformers SigLIP", make=hugging("SiglipVision"), prefix=0),
 ]
 _SWIN = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5)
 SWINS = [

@@ -6,14 +6,9 @@ from importlib import import_module
 from typing import Any
 
 # Top-level package of the model's class -> the module whose attach() serves it; a name, so that nothing is imported
-# early.
-HOSTS = {
-    "diffusers": "vision_attn.diffusion.attachment",
-    "timm": "vision_attn.retrofit",
-    "open_clip": "vision_attn.retrofit",
-    "transformers": "vision_attn.mllm.attachment",
-    "vggt": "vision_attn.retrofit",
-}
+# early. Image towers of any package, and patterns on those of transformers, go to the retrofit.
+HOSTS = {"diffusers": "vision_attn.diffusion.attachment", "transformers": "vision_attn.mllm.attachment"}
+RETROFIT = "vision_attn.retrofit"
 
 
 class AttachError(ValueError):
@@ -24,13 +19,13 @@ def attach(target: Any, *what: Any, **options: Any) -> Any:
     """Put a pattern or a method into a model, until detached.
 
     Args:
-        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; a timm model, or an open_clip model; a
-            vision-language model of transformers; VGGT.
+        target: a diffusers pipeline, or a denoiser such as `pipe.transformer`; an image model of timm, open_clip or
+            transformers, VGGT, or with `grid=` any other torch module; a vision-language model of transformers.
         what: who sees whom on the token grid, for example `Radial(decay=0.2)`, or a method of `vision_attn.diffusion`;
-            for timm and open_clip a pattern or `TokenMerge()`, for VGGT `TokenMerge("vggt")`; for vision-language
-            models one or more methods of `vision_attn.mllm`.
+            for image models a pattern or `TokenMerge()`, for VGGT `TokenMerge("vggt")`; for vision-language models one
+            or more methods of `vision_attn.mllm`.
         **options: of the host, such as `dense_layers`; see `vision_attn.diffusion.attach` for diffusers,
-            `vision_attn.retrofit.attach` for timm and open_clip, `vision_attn.mllm.attach` for transformers.
+            `vision_attn.retrofit.attach` for image models, `vision_attn.mllm.attach` for vision-language models.
 
     Returns:
         A run: context manager, `run.detach()`, and `run.report` but for vision-language models.
@@ -56,8 +51,20 @@ def attach(target: Any, *what: Any, **options: Any) -> Any:
     plain = target
     while hasattr(plain, "_orig_mod"):  # torch.compile
         plain = plain._orig_mod
-    for cls in type(plain).__mro__:
-        host = HOSTS.get(cls.__module__.partition(".")[0])
-        if host is not None:
-            return import_module(host).attach(target, *what, **options)
-    raise TypeError(f"cannot attach to {type(plain).__name__}; allowed: models and pipelines of {', '.join(HOSTS)}")
+    packages = [cls.__module__.partition(".")[0] for cls in type(plain).__mro__]
+    host = next((HOSTS[package] for package in packages if package in HOSTS), None)
+    if host is None and "torch" not in packages:
+        raise TypeError(
+            f"cannot attach to {type(plain).__name__}; allowed: pipelines of diffusers, and torch modules, such as the "
+            "models of diffusers, timm, open_clip and transformers"
+        )
+    if host is None or (host == HOSTS["transformers"] and what and _is_of_images(what[0])):
+        host = RETROFIT
+    return import_module(host).attach(target, *what, **options)
+
+
+def _is_of_images(what: Any) -> bool:
+    from vision_attn.kernels.patterns.base import Pattern
+    from vision_attn.merging import TokenMerge
+
+    return isinstance(what, Pattern | TokenMerge)

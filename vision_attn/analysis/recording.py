@@ -13,6 +13,7 @@ from vision_attn.analysis.geometry import Place, Windows, place, windows_of
 from vision_attn.analysis.layer import Attention
 from vision_attn.analysis.watch import Watch
 from vision_attn.kernels.problem import Problem
+from vision_attn.retrofit.families import prefix_of
 
 # Layers whose keys lie between tokens, come from windows of their own, or whose tokens are in no order of rows.
 _NO_PLACE = {
@@ -194,7 +195,7 @@ def _padded(shape: tuple[int, ...] | None, queries: int) -> bool:
 
 def _prefix(module: nn.Module) -> int | None:
     """Tokens before those of the image, where a model says so."""
-    count = getattr(module, "num_prefix_tokens", None)
+    count = prefix_of(module)
     if isinstance(count, int):
         return count
     named = (getattr(module, name, None) for name in ("class_embedding", "cls_token"))

@@ -29,6 +29,7 @@ def attach(
     *,
     dense_layers: int | Iterable[int] = 0,
     grid: tuple[int, ...] | None = None,
+    prefix: int | None = None,
     backend: str | None = None,
     strict: bool = False,
     replace: bool = False,
@@ -43,12 +44,16 @@ def attach(
 
     Args:
         model: a timm ViT, DeiT, DINO, EVA, BEiT or Swin, an open_clip model (its image tower; the text tower stays as
-            it is), VGGT or a model built like it (for `TokenMerge("vggt")`), or any module that contains one.
+            it is), a ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP of transformers with `attn_implementation="sdpa"`, VGGT
+            or a model built like it (for `TokenMerge("vggt")`), or any module that contains one; with `grid` another
+            module whose attention calls `scaled_dot_product_attention`.
         pattern: who sees whom on the token grid `(h, w)`. One int for all axes is cut down on an axis that is shorter;
             a tuple must fit. Or a `TokenMerge`, which changes how many tokens there are.
         dense_layers: the first layers that stay as they are, or the numbers of those layers, from 0.
         grid: sizes in tokens, for a model whose class is not known; its sequences must be exactly the grid by rows,
-            after `model.num_prefix_tokens` others if it says so. For `TokenMerge("vggt")` also `(frames, h, w)`.
+            after `prefix` other tokens. For `TokenMerge("vggt")` also `(frames, h, w)`.
+        prefix: class and register tokens before the grid, for such a model; `model.num_prefix_tokens`, or none, if
+            absent.
         backend: kernel backend by name; None lets `attend` pick.
         strict: raise where a call would stay dense with a warning.
         replace: detach what is attached to the same modules first; otherwise that is an error.
@@ -82,11 +87,13 @@ def attach(
     if grid is not None:
         grid = tuple(grid)
         check_grid(grid, rank=(2, 3) if merging else (2,))
+    if prefix is not None and (grid is None or not isinstance(prefix, int) or prefix < 0):
+        raise ValueError(f"prefix is a number of tokens, from 0, and goes with grid; got {prefix!r} and grid={grid}")
     several = isinstance(dense_layers, Iterable) and not isinstance(dense_layers, (str, bytes))
     dense = tuple(sorted(set(dense_layers))) if several else dense_layers
     options = {"dense_layers": dense, "grid": grid, "backend": backend, "strict": strict}
     towers: list[Tower] = []
-    for place in find(plain(model), grid):
+    for place in find(plain(model), grid, prefix):
         kept = dense_numbers(dense, sorted({number for number, _, _ in place.layers}))
         tower = MergedTower if merging else PatternTower
         towers.append(tower(place, pattern, kept, options))

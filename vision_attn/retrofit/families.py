@@ -22,10 +22,12 @@ class Family:
     Args:
         blocks: regular expression on `named_modules()` of the tower; its group is the number of the layer. Attention is
             what is in there and is known to call `scaled_dot_product_attention`.
-        embed: the module that turns the image into tokens, which is where the grid is read.
-        prefix: tokens before the grid; None asks the tower for `num_prefix_tokens`.
+        embed: the module that turns the image into tokens, which is where the grid is read; the end of its name.
+        prefix: tokens before the grid, besides registers that a config counts; None asks the tower for
+            `num_prefix_tokens`.
         end: the module after the last block, or the one that has all blocks.
         biased: it adds a bias for every pair of places to the scores.
+        merge: tokens can be merged in it.
         frames: it takes images `[batch, frames, channels, height, width]`, and these layers see the tokens of all
             frames, each with tokens of its own before its grid.
         refuse: why this class cannot be attached to; empty when it can.
@@ -36,6 +38,7 @@ class Family:
     prefix: int | None = None
     end: str = "norm"
     biased: bool = False
+    merge: bool = True
     frames: bool = False
     refuse: str = ""
 
@@ -44,6 +47,11 @@ _TIMM = Family()
 _NAFLEX = Family(refuse="the images of one batch may have different grids, and it does not say which")
 _OTHER_WINDOWS = Family(refuse="its windows are cut inside of the layers, where no grid can be told")
 
+
+def _hugging(prefix: int = 1, embed: str = "patch_embeddings.projection") -> Family:
+    return Family(r"(?:^|.*\.)layers?\.(\d+)\.", embed, prefix, merge=False)
+
+
 # (package, class) -> family. A subclass is found by its base class.
 FAMILIES = {
     ("timm", "VisionTransformer"): _TIMM,  # ViT, DeiT, DeiT III, DINO, DINOv2 with registers, SigLIP, hybrids
@@ -51,6 +59,13 @@ FAMILIES = {
     ("timm", "Eva"): _TIMM,  # EVA-02, DINOv3, PE: rotary positions
     ("timm", "Beit"): Family(biased=True),
     ("open_clip", "VisionTransformer"): Family(r"^transformer\.resblocks\.(\d+)\.", "conv1", 1, "transformer"),
+    ("transformers", "ViTModel"): _hugging(),
+    ("transformers", "DeiTModel"): _hugging(prefix=2),
+    ("transformers", "Dinov2Model"): _hugging(),
+    ("transformers", "Dinov2WithRegistersModel"): _hugging(),
+    ("transformers", "DINOv3ViTModel"): _hugging(embed="embeddings.patch_embeddings"),
+    ("transformers", "CLIPVisionModel"): _hugging(embed="patch_embedding"),
+    ("transformers", "SiglipVisionModel"): _hugging(prefix=0, embed="patch_embedding"),
     ("timm", "NaFlexVit"): _NAFLEX,
     ("timm", "VisionTransformerSAM"): _OTHER_WINDOWS,
     ("timm", "SwinTransformerV2Cr"): _OTHER_WINDOWS,
@@ -70,17 +85,22 @@ class Place:
     module: nn.Module
     family: Family | None  # None: Swin blocks, or a class that is not known
     layers: list[tuple[int, str, nn.Module]]
+    given: int | None = None  # tokens before the grid, of a class that is not known
 
     @property
     def prefix(self) -> int:
-        if self.family is not None and self.family.frames:
-            return self.module.patch_start_idx
-        known = None if self.family is None else self.family.prefix
-        return getattr(self.module, "num_prefix_tokens", 0) if known is None else known
+        return (prefix_of(self.module) or 0) if self.given is None else self.given
+
+    @property
+    def embed(self) -> nn.Module | None:
+        if self.family is None:
+            return None
+        return next((m for name, m in self.module.named_modules() if name.endswith(self.family.embed)), None)
 
 
-def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
-    """The towers in a model, each with its attention layers; text towers are none.
+def find(model: nn.Module, grid: tuple[int, ...] | None, prefix: int | None) -> list[Place]:
+    """The towers in a model, each with its attention layers; text towers are none. A grid, and the tokens before it,
+    are for a model that has none of the known ones.
 
     Raises:
         ValueError: there is none, with what was looked for, or it is one of a class that is refused.
@@ -100,16 +120,19 @@ def find(model: nn.Module, grid: tuple[int, ...] | None) -> list[Place]:
             places.append(Place(name, module, family, layers))
     if swin:
         places.append(Place("", model, None, swin))
+    if places and prefix is not None:
+        raise ValueError(f"{own_class(places[0].module).__name__} says what is before its grid; leave prefix out")
     if not places and grid is not None:
-        places = [Place("", model, None, _outermost(model))]
+        places = [Place("", model, None, _outermost(model), prefix)]
     if not any(place.layers for place in places):
-        known = ", ".join([cls for (_, cls), f in FAMILIES.items() if not f.refuse] + list(SWIN_BLOCKS) + ["VGGT"])
+        classes = [cls for (_, cls), family in FAMILIES.items() if not family.refuse]
+        known = ", ".join(dict.fromkeys([*classes, *SWIN_BLOCKS, "VGGT"]))
         raise ValueError(
             f"nothing to attach to in {own_class(model).__name__}: looked for attention layers in {known}"
             + (
                 "; any other model needs grid=(h, w), its sizes in tokens, if it calls scaled_dot_product_attention"
                 if grid is None
-                else ", then for modules that call scaled_dot_product_attention"
+                else ", then for modules whose class has Attention in its name"
             )
         )
     return places
@@ -124,6 +147,15 @@ def family_of(module: nn.Module) -> Family | None:
     return _VGGT if all(hasattr(module, name) for name in FRAMES) else None
 
 
+def prefix_of(module: nn.Module) -> int | None:
+    """Tokens before the grid of a tower; None where it does not say so."""
+    family = family_of(module)
+    if family is None or family.prefix is None:
+        name = "num_prefix_tokens" if family is None or not family.frames else "patch_start_idx"
+        return getattr(module, name, None)
+    return family.prefix + getattr(getattr(module, "config", None), "num_register_tokens", 0)
+
+
 def is_swin(module: nn.Module) -> bool:
     return any(c.__name__ in SWIN_BLOCKS and c.__module__.startswith("timm.") for c in type(module).__mro__)
 
@@ -135,9 +167,13 @@ def _layers(family: Family, name: str, tower: nn.Module) -> list[tuple[int, str,
 
 
 def _outermost(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
-    """Attention modules of a class that is not known, those inside of others left out."""
-    found: list[tuple[int, str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if is_attention(module) and not any(name.startswith(f"{n}.") or not n for _, n, _ in found):
-            found.append((len(found), name, module))
+    """Attention modules of a class that is not known, those inside of others left out; if there are none, what is
+    called so."""
+    for is_one in (is_attention, lambda module: re.search("Attn|Attention", own_class(module).__name__)):
+        found: list[tuple[int, str, nn.Module]] = []
+        for name, module in model.named_modules():
+            if is_one(module) and not any(name.startswith(f"{n}.") or not n for _, n, _ in found):
+                found.append((len(found), name, module))
+        if found:
+            break
     return found

@@ -64,7 +64,8 @@ class Interception(TorchFunctionMode):
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is known to call `scaled_dot_product_attention`, or to be `nn.MultiheadAttention`."""
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "fused_attn") or hasattr(module, "use_fsdpa")
+    marks = ("fused_attn", "use_fsdpa", "is_causal")  # of timm, open_clip, transformers
+    return isinstance(module, nn.MultiheadAttention) or any(hasattr(module, mark) for mark in marks)
 
 
 class SelfAttention:

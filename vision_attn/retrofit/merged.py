@@ -112,6 +112,8 @@ def _check(place: Place, method: TokenMerge) -> None:
     modules = [module for _, _, module in place.layers]
     if any(map(is_swin, modules)):
         raise ValueError("cannot merge tokens in Swin: its windows need every token of the map")
+    if family is not None and not family.merge:
+        raise ValueError(f"cannot merge tokens in {cls}: only in models of timm and open_clip, and in VGGT")
     if family is not None and family.biased:
         raise ValueError(f"cannot merge tokens in {cls}: it adds a bias for every pair of places to the scores")
     if family is not None and family.frames and method.partition != "vggt":

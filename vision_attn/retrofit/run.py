@@ -73,9 +73,8 @@ class Tower:
         if place.family is not None and place.family.frames:
             self.parts.append((place.module, Frames, self))
             return
-        embed = None if place.family is None else getattr(place.module, place.family.embed, None)
-        if embed is not None:
-            self.parts.append((embed, Embed, self))
+        if place.embed is not None:
+            self.parts.append((place.embed, Embed, self))
 
     def add(self, layer: Layer, module: nn.Module, behaviour: type) -> None:
         self.layers.append(layer)
