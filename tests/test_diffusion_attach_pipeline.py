@@ -355,7 +355,9 @@ def test_unknown_class_with_a_grid(wan):
 
 
 def test_targets_of_the_wrong_kind(wan):
-    with pytest.raises(TypeError, match="allowed: models and pipelines of diffusers"):
+    with pytest.raises(TypeError, match="cannot attach to dict; allowed: pipelines of diffusers"):
+        attach({"transformer": wan}, LOCAL)
+    with pytest.raises(ValueError, match="nothing to attach to in Linear"):
         attach(torch.nn.Linear(1, 1), LOCAL)
     with pytest.raises(TypeError, match="must be a pattern"):
         attach(wan, "neighborhood")
