@@ -92,6 +92,9 @@ def consistent_images(
     if masks is not None and (not isinstance(masks, (tuple, list)) or len(masks) != 2):
         raise TypeError(f"masks must be the pair (reference_masks, target_masks); got {type(masks).__name__}")
 
+    if isinstance(call.get("negative_prompt"), str):
+        call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
+
     def draw() -> Any:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
         result = pipe(prompt=batch, generator=generators, **{"output_type": "np", **call})

@@ -114,6 +114,8 @@ def upscale_image(
         raise ValueError(f"factor must be a number above 1; got {factor!r}")
 
     prompts, small = _prompts_and_images(pipe, image_or_prompt, prompt)
+    if isinstance(call.get("negative_prompt"), str):
+        call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     whole = pipe.vae_scale_factor * (2 if flow else 1) * (getattr(method, "pooled", None) or 1)
     side = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
     base = base_size or (side * pipe.vae_scale_factor,) * 2

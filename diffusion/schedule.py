@@ -90,6 +90,7 @@ class Steps:
     def reset(self) -> None:
         """Forget the run, as at the end of a pipeline call."""
         self._timestep: float | None = None
+        self._calls = 0  # with this timestep, before this one
         self._counted = -1
         self._seen: tuple[int, set] = (-1, set())
 
@@ -113,11 +114,15 @@ class Steps:
         if not read_timestep or timestep is None:
             return None, self._total()
         now = float(timestep.max()) if hasattr(timestep, "max") else float(timestep)
-        if self._timestep is None or now > self._timestep:
+        again, before = now == self._timestep, self._timestep
+        self._timestep, self._calls = now, self._calls + 1 if again else 0
+        places = [i for i, each in enumerate(getattr(scheduler, "timesteps", ())) if each == now]
+        if places:  # PNDM has one twice
+            self._counted = places[min(self._calls, len(places) - 1)]
+        elif before is None or now > before:
             self._counted = 0
-        elif now < self._timestep:
+        elif not again:
             self._counted += 1
-        self._timestep = now
         return self._counted, self._total()
 
     def _total(self) -> int | None:

@@ -50,7 +50,8 @@ class Watcher(Context):
             raise AttachError("calibrate in one process: with context parallelism no process sees whole rows")
         self.drawn = {}  # other rows in every call
         if not self.candidates:
-            self.candidates = default_candidates(max(self.grids.values(), key=math.prod))
+            grids = set(self.grids.values())
+            self.candidates = default_candidates(max(grids, key=math.prod), levels=len(grids) > 1)
 
     def sample(self, grid: Grid, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Query rows of this call, what each candidate keeps of them `[candidates, rows * tokens]`, and the distance
@@ -127,8 +128,10 @@ def reach(grid: Grid) -> tuple[int, int]:
     return (math.prod(grid[:-2]), round(math.hypot(grid[-2] - 1, grid[-1] - 1)) + 1)
 
 
-def default_candidates(grid: Grid) -> tuple[Pattern, ...]:
+def default_candidates(grid: Grid, levels: bool = False) -> tuple[Pattern, ...]:
     """Patterns worth trying on a grid: neighborhoods of many extents, and for video radial attention of three widths.
+
+    With `levels`, where a model has coarser grids too, windows are one number for all axes, which fits those as well.
 
     >>> len(default_candidates((64, 64))), len(default_candidates((21, 30, 52)))
     (6, 22)
@@ -140,7 +143,7 @@ def default_candidates(grid: Grid) -> tuple[Pattern, ...]:
             long = () if part is None else (_odd(part, frames[0], 1),)
             window = (*long, *(_odd(share, n, 3) for n in (height, width)))
             if window != tuple(grid):
-                found[Neighborhood(window=window)] = None
+                found[Neighborhood(window=max(window) if levels else window)] = None
     if frames and frames[0] > 2:
         # The published constants belong to frames of thousands of tokens; smaller frames get them in proportion.
         tokens = height * width

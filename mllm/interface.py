@@ -100,9 +100,10 @@ def switch(config: Any) -> Callable[[], None]:
     before = config._attn_implementation
     if before.startswith(PREFIX):
         return lambda: None
-    config._attn_implementation = name_for(before)
+    config._attn_implementation = ours = name_for(before)
 
     def undo() -> None:
-        config._attn_implementation = before
+        if config._attn_implementation == ours:  # else somebody chose another since
+            config._attn_implementation = before
 
     return undo

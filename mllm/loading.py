@@ -51,11 +51,16 @@ class Loaded:
     def built_in(self) -> bool:
         return Path(self.source).parent == WEIGHTS
 
-    def inputs(self, picture: np.ndarray, question: str) -> dict[str, Any]:
-        """Arguments of `generate` for one question about a picture, uint8 `[height, width, 3]`.
+    def inputs(self, picture: Any, question: str) -> dict[str, Any]:
+        """Arguments of `generate` for one question about a picture, uint8 `[height, width, 3]` or a PIL image.
 
         The question goes into the model's chat template; a model without one reads it as it is.
         """
+        if hasattr(picture, "convert"):
+            picture = np.asarray(picture.convert("RGB"))
+        if getattr(picture, "dtype", None) != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            form = f"{picture.dtype} {list(picture.shape)}" if hasattr(picture, "shape") else type(picture).__name__
+            raise TypeError(f"a picture is an array, uint8 [height, width, 3], or a PIL image; got {form}")
         processor = self.processor
         if getattr(processor, "chat_template", None):
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -70,7 +75,7 @@ class Loaded:
         given = processor(images=Image.fromarray(picture), text=text, return_tensors="pt", **more)
         return dict(given.to(self.model.device, dtype=self.model.dtype))
 
-    def answer(self, picture: np.ndarray, question: str, *, tokens: int = 64, **options: Any) -> str:
+    def answer(self, picture: Any, question: str, *, tokens: int = 64, **options: Any) -> str:
         """What the model says, at most `tokens` long; greedy unless `options` of `generate` say otherwise.
 
         >>> import vision_attn.shapes.crowd as world

@@ -176,7 +176,10 @@ def _look_ahead(engine: Any, methods: list[RowEdit], kwargs: dict[str, Any]) -> 
 
     n, undo = len(prompt.read), []
     masks = kwargs["attention_mask"]
-    shorter = {kind: m[..., :n] for kind, m in masks.items()} if isinstance(masks, dict) else masks[..., :n]
+    if isinstance(masks, dict):
+        shorter = {kind: None if m is None else m[..., :n] for kind, m in masks.items()}
+    else:
+        shorter = masks[..., :n]
     try:
         for number in {number for numbers in wanted.values() for number in numbers}:
             undo.append(listen(layers[number].self_attn, functools.partial(look, number)))

@@ -109,14 +109,14 @@ def real_tokens(mask: Any, like: torch.Tensor) -> torch.Tensor:
 def shorten(kwargs: dict[str, Any], index: torch.Tensor, tokens: Tokens, config: Any) -> None:
     """Make the mask among the arguments of a text model follow `tokens`."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if isinstance(mask, dict):
+    if isinstance(mask, dict) and mask["full_attention"] is not None:  # None: nothing is padding
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         layers = {kind: config.layer_types.index(kind) for kind in mask}
         kwargs["attention_mask"] = {
             kind: take_mask(mask["full_attention"], index, tokens, keys_of(cache, len(tokens), layer), windows[kind])
             for kind, layer in layers.items()
         }
-    elif mask is not None and mask.ndim == 4:
+    elif torch.is_tensor(mask) and mask.ndim == 4:
         kwargs["attention_mask"] = take_mask(mask, index, tokens, keys_of(cache, len(tokens), 0))
     else:
         kwargs["attention_mask"] = tokens.mask()

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
-from diffusers import AutoencoderKLWan, DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKLWan,
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    WanPipeline,
+)
 from diffusers.hooks import FirstBlockCacheConfig, ModelHook  # noqa: E402
 from diffusers.hooks.hooks import HookRegistry  # noqa: E402
 from diffusion_models import MODELS, noise, sana  # noqa: E402
@@ -21,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel  # noqa: E402
 
 from vision_attn import BlockList, Dense, Neighborhood, Radial, SlidingTile, Window, attach  # noqa: E402
+from vision_attn.diffusion import tiny_image  # noqa: E402
 from vision_attn.diffusion.ulysses import gathered_order  # noqa: E402
 from vision_attn.hosts import AttachError  # noqa: E402
 from vision_attn.joint import fit, joint_attention  # noqa: E402
@@ -139,6 +148,30 @@ def test_step_without_announcement(wan, scheduler, monkeypatch):
                     pipe.scheduler.step(noise(1, 3), t, noise(1, 3))
     report = attached.report.denoisers[0]
     assert report.steps == {"sparse": 4, "dense": 4} and report.forwards == {"sparse": 8, "dense": 8}
+
+
+@pytest.mark.parametrize(
+    ("cls", "calls", "start"),
+    [
+        (EulerDiscreteScheduler, 4, 0),
+        (EulerDiscreteScheduler, 4, 2),
+        (DDIMScheduler, 4, 0),
+        (DDIMScheduler, 4, 2),
+        (PNDMScheduler, 5, 0),  # its second step is drawn twice
+    ],
+)
+def test_steps_are_counted_on_the_whole_schedule(cls, calls, start):
+    """Also those of schedulers that do not name their step, and from an image, where the first half is left out."""
+    pipe, more = tiny_image.stable_diffusion(), {"height": 48, "width": 48}
+    if start:
+        pipe, more = AutoPipelineForImage2Image.from_pipe(pipe), {"image": torch.zeros(1, 3, 48, 48), "strength": 0.5}
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **({"skip_prk_steps": True} if calls == 5 else {}))
+    pipe.set_progress_bar_config(disable=True)
+    for argument, dense in (({"dense_steps": 2}, {0, 1}), ({"dense_last_steps": 1}, {calls - 1})):
+        with attach(pipe, Neighborhood(window=3), **argument) as run:
+            pipe("a red circle", num_inference_steps=4, output_type="latent", **more)
+        full = len(dense & {*range(start, calls)})
+        assert run.report.denoisers[0].steps == {"sparse": calls - start - full, "dense": full}, argument
 
 
 def test_last_steps_need_the_number_of_steps(wan):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from vision_attn import Circle, Dense, LengthDecay, Neighborhood, PerHead, Radial, attach  # noqa: E402
 from vision_attn.apps.cli import main  # noqa: E402
-from vision_attn.diffusion import Calibration, Preset, calibrate  # noqa: E402
+from vision_attn.diffusion import Calibration, Preset, calibrate, tiny_image  # noqa: E402
 from vision_attn.diffusion.attachment import planned  # noqa: E402
 from vision_attn.diffusion.calibration import gather  # noqa: E402
 from vision_attn.diffusion.installed import holders  # noqa: E402
@@ -293,6 +293,15 @@ def test_default_candidates_fit_and_leave_something_out(grid):
         pattern.check(grid)
         assert pattern.density(grid) < 1
     assert any(isinstance(p, Radial) for p in candidates) == (len(grid) == 3 and grid[0] > 2)
+
+
+def test_a_unet_has_several_grids():
+    pipe = tiny_image.stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    found = calibrate(pipe, "a red circle", recall=0.5, rows=4, height=96, width=48, num_inference_steps=1)
+    assert len(set(found.grids)) > 1 and any(share < 1 for heads in found.head_densities() for share in heads)
+    with attach(pipe, found.preset, strict=True):
+        pipe("a red circle", height=96, width=48, num_inference_steps=1, output_type="latent")
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 from diffusion_models import MODELS  # noqa: E402
 
 from vision_attn import Neighborhood  # noqa: E402
-from vision_attn.diffusion import attach  # noqa: E402
+from vision_attn.diffusion import attach, tiny_image  # noqa: E402
 from vision_attn.diffusion.consistent import consistent_images  # noqa: E402
 from vision_attn.diffusion.loading import load  # noqa: E402
 from vision_attn.diffusion.methods.isolation import IRDiffusion  # noqa: E402
@@ -441,6 +441,14 @@ def test_pictures_are_those_of_the_method_with_the_masks_found(pipe):
     again = consistent_images(pipe, SUBJECTS, PROMPTS, (made.method.reference_masks, masks), seed=5, **SMALL)
     assert np.array_equal(again.images, made.images) and again.first is None
     assert again.report.calls["transformer"]["reposition"] == 2 * 2 * 3  # steps, guidance calls, later layers
+
+
+def test_one_negative_prompt_is_for_all(pipe):
+    options = dict(height=48, width=48, num_inference_steps=1)
+    sd = tiny_image.stable_diffusion()
+    for each, more in ((sd, {}), (pipe, dict(num_frames=1, guidance_scale=3.0, max_sequence_length=16))):
+        made = consistent_images(each, ["red circle"], ["a red circle left"], negative_prompt="blue", **options, **more)
+        assert len(made.images) == 1
 
 
 def test_words_are_found_where_they_stand(pipe):

@@ -88,6 +88,8 @@ def test_a_unet_with_linear_attention(unet):
     )
     assert steps == [(1, 2), (2, 2)]
     assert out.images.shape == (2, 96, 96, 3) and "linear" in str(out.report)
+    options = dict(method=Dense(), steps=2, base_size=(48, 48), negative_prompt="a blue square")
+    assert upscale_image(unet, ["a red circle"] * 2, 96, 96, **options).images.shape == (2, 96, 96, 3)
     with pytest.raises(ValueError, match="a U-Net needs method="):
         upscale_image(unet, small, 96, 96, prompt="a red circle")
     with pytest.raises(ValueError, match="strength=0.2 of 4 steps is less than one step"):

@@ -90,6 +90,18 @@ def test_beams(name: str):
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("name", VLMS)
+def test_a_static_cache_of_a_prompt_without_padding(name: str):
+    """Where nothing is hidden, some models get no mask at all."""
+    vlm = VLMS[name]
+    model, one = vlm.build(), single(vlm, ALONE, 0)
+    prune = [] if name == "InstructBlip" else PRUNE
+    with mllm.attach(model, *prune, mllm.VHR(), mllm.GIFT(alpha=1.5, saliency=(2,), layers=(1,))):
+        _, wanted = generate(model, one)
+        _, static = generate(model, one, cache_implementation="static")
+    torch.testing.assert_close(static, wanted, **CLOSE)
+
+
 @FEW
 def test_caches_kernels_and_lookup(name: str):
     """A static cache, the eager kernel, and guessing tokens ahead change nothing."""

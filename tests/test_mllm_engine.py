@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("transformers")
 from vlm_models import IMAGE, PRUNED, ROWS, VLM, VLMS, generate, single  # noqa: E402
 
+from vision_attn import mllm  # noqa: E402
+from vision_attn.hosts import AttachError  # noqa: E402
 from vision_attn.mllm.attachment import attach  # noqa: E402
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune, top  # noqa: E402
 
@@ -346,6 +348,16 @@ def test_a_prompt_given_as_embeddings():
     with attach(model, Third(keep=0.5), visual_mask=ids == IMAGE):
         found = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
     torch.testing.assert_close(found, wanted, **CLOSE)
+    given, beams = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}, dict(num_beams=2)
+    with attach(model, Third(keep=0.5)):
+        wanted = generate(model, inputs, **beams)[1]
+    with attach(model, Third(keep=0.5), visual_mask=ids == IMAGE):
+        torch.testing.assert_close(generate(model, given, **beams)[1], wanted, **CLOSE)
+        with pytest.raises(AttachError, match=r"visual_mask is for prompts of shape \[1, \d+\], and this one has"):
+            model(inputs_embeds=embeds[:, 1:])
+    for wrong in ((ids == IMAGE)[0], ids):
+        with pytest.raises(ValueError, match=r"visual_mask must be bool \[batch, length\]"):
+            attach(model, Third(), visual_mask=wrong)
 
 
 def test_a_prompt_without_images_is_left_alone():
@@ -364,11 +376,52 @@ def test_half_precision():
         assert generate(model, inputs)[1].isfinite().all()
 
 
-def test_a_copy_is_not_attached():
+def test_a_copy_of_an_attached_model_can_be_attached_to():
     model = VLMS["Llava"].build()
     with attach(model, Third()):
         twin = copy.deepcopy(model)
     attach(twin, Third()).detach()
+
+
+@pytest.mark.parametrize("method", [mllm.UniformPrune(keep=0.5), mllm.FastV(keep=0.5, layer=2), mllm.VHR()], ids=str)
+def test_what_was_compiled_before_is_compiled_again(method):
+    """Compiled code does not look whether modules got hooks since."""
+    vlm = VLMS["Llava"]
+    model, one = vlm.build(), single(vlm, ROWS, 0)
+    stock = model(**one).logits
+    with attach(model, method):
+        wanted = model(**one).logits
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(**one).logits, stock, **CLOSE)
+        with mllm.attach(compiled, method):
+            torch.testing.assert_close(compiled(**one).logits, wanted, **CLOSE)
+
+
+def test_another_kernel_while_attached_is_refused():
+    vlm = VLMS["Llava"]
+    model, one = vlm.build(), single(vlm, ROWS, 0)
+    with attach(model, mllm.PAI()):
+        model.set_attn_implementation("eager")
+        with pytest.raises(AttachError, match="attention was set to 'eager' while methods that look into it"):
+            model(**one)
+    assert model.config.get_text_config()._attn_implementation == "eager", "what was chosen since stays"
+    with attach(model, mllm.UniformPrune(keep=0.5)):
+        pruned = model(**one).logits
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(**one).logits, pruned, **CLOSE)
+
+
+def test_padding_on_the_right():
+    vlm = VLMS["Llava"]
+    model, one = vlm.build(), single(vlm, ROWS, 0)
+    more = {name: torch.nn.functional.pad(one[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+    with attach(model, mllm.UniformPrune(keep=0.5)):
+        short, long = model(**one).logits, model(**{**one, **more}).logits
+    torch.testing.assert_close(long[:, : short.shape[1]], short, **CLOSE)
+    for method in (mllm.PAI(), mllm.VHR()):
+        with attach(model, method), pytest.raises(AttachError, match="pad on the left"):
+            model(**{**one, **more})
 
 
 @EVERY

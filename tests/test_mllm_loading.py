@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
@@ -50,6 +51,16 @@ def test_inputs_are_the_prompts_that_were_trained(shipped):
     words = tiny.tokenizer()(tiny.prompt(tiny.ask(0)).replace("<image>", "<image> " * 64)).input_ids
     assert given["input_ids"].tolist() == [words]
     torch.testing.assert_close(given["pixel_values"], tiny.pixels([picture]), atol=1e-5, rtol=0)
+
+
+def test_pictures_of_other_kinds(shipped):
+    picture = draw_crowd(crowds(1)[0], np.random.default_rng(0))
+    wanted = shipped.inputs(picture, tiny.DESCRIBE)["pixel_values"]
+    for held in (Image.fromarray(picture), Image.fromarray(picture).convert("RGBA")):
+        assert torch.equal(shipped.inputs(held, tiny.DESCRIBE)["pixel_values"], wanted)
+    for wrong, got in ((picture / 255, r"float64 \[\d+, \d+, 3\]"), (picture[..., 0], "uint8"), ("a.png", "str")):
+        with pytest.raises(TypeError, match=f"or a PIL image; got {got}"):
+            shipped.inputs(wrong, tiny.DESCRIBE)
 
 
 def test_a_template_that_writes_the_first_token(shipped):
