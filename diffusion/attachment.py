@@ -16,6 +16,7 @@ from vision_attn.diffusion.method import Method
 from vision_attn.diffusion.run import Plan, Run
 from vision_attn.diffusion.schedule import Schedule
 from vision_attn.diffusion.sharding import check_shards
+from vision_attn.hosts import plain
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.parallel import Shards
 from vision_attn.kernels.patterns import Pattern, Radial
@@ -141,21 +142,14 @@ def denoisers(target: Any) -> tuple[Any | None, dict[str, torch.nn.Module]]:
         TypeError, ValueError: neither a pipeline nor a module; a pipeline without a denoiser.
     """
     if isinstance(target, torch.nn.Module):
-        return None, {"denoiser": _plain(target)}
+        return None, {"denoiser": plain(target)}
     if not isinstance(getattr(target, "components", None), dict):
         raise TypeError(f"attach to a diffusers pipeline or to its denoiser; got {type(target).__name__}")
     found = {name: getattr(target, name, None) for name in DENOISERS}
-    found = {name: _plain(module) for name, module in found.items() if isinstance(module, torch.nn.Module)}
+    found = {name: plain(module) for name, module in found.items() if isinstance(module, torch.nn.Module)}
     if not found:
         raise ValueError(f"{type(target).__name__} has no denoiser; looked for its attributes {', '.join(DENOISERS)}")
     return target, found
-
-
-def _plain(module: torch.nn.Module) -> torch.nn.Module:
-    """The module itself rather than the wrapper of torch.compile."""
-    while hasattr(module, "_orig_mod"):
-        module = module._orig_mod
-    return module
 
 
 def self_attention(module: torch.nn.Module, family: Family) -> dict[str, tuple[torch.nn.Module, int]]:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from vision_attn.hosts import plain
 from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.engine import Engine
 from vision_attn.mllm.families import family_of
@@ -61,7 +62,8 @@ def attach(
     """Make a transformers vision-language model drop or steer visual tokens, until detached.
 
     Args:
-        model: one of the families of `vision_attn.mllm.families.FAMILIES`, in evaluation mode.
+        model: one of the families of `vision_attn.mllm.families.FAMILIES`, in evaluation mode. What torch.compile made
+            of it is dropped here and in `detach()`, as of all models of the process, and compiled again when needed.
         methods: at most one of each kind that drops tokens: before the text model, inside it, from the cache.
         positions: of the tokens that stay. "original" keeps the gaps, "compact" numbers them anew, "auto" is what the
             published code does: compact where tokens are dropped before a text model with plain positions.
@@ -77,6 +79,11 @@ def attach(
         ValueError: the family is unknown, methods of one kind twice, a method that the model cannot serve, or something
             is attached already.
     """
+    model = plain(model)
+    if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
+        raise ValueError(
+            f"visual_mask must be bool [batch, length]; got {visual_mask.dtype} of shape {tuple(visual_mask.shape)}"
+        )
     for method in methods:
         if not isinstance(method, Method):
             raise TypeError(f"attach methods such as FastV(keep=0.5); got {method!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from vision_attn.mllm.around import Around, stand_around
 from vision_attn.mllm.contrast import Contrast
 from vision_attn.mllm.families import Family
 from vision_attn.mllm.heads import Gains, HeadGain
+from vision_attn.mllm.interface import PREFIX
 from vision_attn.mllm.method import CachePrune, InputPrune, LayerPrune
 from vision_attn.mllm.report import Read, cache_bytes, kv_bytes, prefill_flops
 from vision_attn.mllm.selection import choose, watch_for
@@ -103,6 +105,7 @@ class Engine:
         self.branching = self.idle = False  # a second branch is running; and nothing is dropped from it
         self.lender: Prompt | None = None  # the main prompt, whose choice holds in the second branch
         self.ids = self._mask = None
+        self.listens = False  # to the attention of the text model
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -124,6 +127,7 @@ class Engine:
         self.after(self.text, self._leave_text)
         if self.text is not self.model.get_decoder():  # it generates by itself, from embeddings
             self.before(self.model.get_input_embeddings(), self._see_ids)
+        forget_compiled()
         self.watch = None if self.input is None else watch_for(self.input, self.base, self.family)
         if self.watch is not None:
             self.watch.install(self._undo)
@@ -137,6 +141,7 @@ class Engine:
             from vision_attn.mllm.branch import Branches
 
             Branches(self, self.contrast).install(self._undo)
+        self.listens = self.config._attn_implementation.startswith(PREFIX)
 
     def before(self, module: Any, hook: Callable) -> None:
         """Register a forward pre-hook that is taken out with the others."""
@@ -150,6 +155,7 @@ class Engine:
         """Take everything out again. Safe to call twice."""
         while self._undo:
             self._undo.pop()()
+        forget_compiled()
         self.prompts = WeakKeyDictionary()
         self.current = self.prepared = self.entered = self.ids = self._mask = None
 
@@ -186,14 +192,24 @@ class Engine:
     def _visual(self, shape: torch.Size) -> torch.Tensor | None:
         """Bool `[batch, length]`, or None for a call without images."""
         if self.ids is None:
-            visual = self.visual_mask
+            visual = None if self.visual_mask is None else _repeated(self.visual_mask, shape[0])
         else:
-            if shape[0] % len(self.ids) == 0:  # seen before they were repeated for beams
-                self.ids = self.ids.repeat_interleave(shape[0] // len(self.ids), 0)
+            self.ids = _repeated(self.ids, shape[0])
             visual = self.shows("image") | self.shows("video")
         if visual is None or visual.shape != shape or shape[1] == 1 or not visual.any():
             return None
         return visual
+
+    def _refuse_mask(self, embeds: torch.Tensor | None) -> None:
+        """In a prompt that is not the one `visual_mask` is for, images cannot be told."""
+        mask = self.visual_mask
+        if self.ids is not None or mask is None or embeds is None or embeds.shape[1] == 1 or self.branching:
+            return
+        if embeds.shape[1] != mask.shape[1] or len(embeds) % len(mask):
+            raise AttachError(
+                f"visual_mask is for prompts of shape {list(mask.shape)}, and this one has {list(embeds.shape[:2])}; "
+                "attach again with the mask of each prompt"
+            )
 
     def _enter_text(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """On the text model: drop what is to be dropped from a prompt, and mend mask and positions of later calls."""
@@ -206,10 +222,16 @@ class Engine:
         if self.current is not None:
             self._go_on(self.current, cache, kwargs)
             return args, kwargs
+        if self.listens and not self.config._attn_implementation.startswith(PREFIX):
+            raise AttachError(
+                f"attention was set to {self.config._attn_implementation!r} while methods that look into it were "
+                "attached, so that they see nothing; detach first, set it, and attach again"
+            )
         visual = None if embeds is None else self._visual(embeds.shape[:2])
         if visual is None and embeds is not None and self.textual and not self.branching:
             visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if visual is None:
+            self._refuse_mask(embeds)
             return args, kwargs
         if cache is not None and cache.get_seq_length() > 0:
             raise AttachError(
@@ -225,6 +247,11 @@ class Engine:
     def _read(self, visual: torch.Tensor, kwargs: dict[str, Any]) -> None:
         embeds = kwargs["inputs_embeds"]
         valid = real_tokens(self._mask if self._mask is not None else kwargs.get("attention_mask"), visual)
+        if (self.rows or self.gains) and not valid[:, -1].all():
+            raise AttachError(
+                "prompts end with padding, and the rows that are changed are those of the last words; pad on the left, "
+                "as with tokenizer.padding_side = 'left'"
+            )
         tokens = Tokens.of_prompt(valid, visual)
         layers = [tokens] * self.count
         texts, images = valid.sum(1), tokens.visual.sum(1).tolist()
@@ -357,6 +384,17 @@ class Engine:
             kwargs["position_ids"] = first + step + self.family.first_position
         prompt.later = after + new
         kwargs["attention_mask"] = later_mask(kwargs.get("attention_mask"), tokens, after, new)
+
+
+def forget_compiled() -> None:
+    """Drop what torch.compile made: it does not look whether modules got hooks since, and would go on without them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` seen before `generate` repeated them for beams and several answers."""
+    return rows if count % len(rows) else rows.repeat_interleave(count // len(rows), 0)
 
 
 def used_cache(kwargs: dict[str, Any], output: Any) -> Any:

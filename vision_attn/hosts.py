@@ -48,19 +48,24 @@ def attach(target: Any, *what: Any, **options: Any) -> Any:
     ...     run.report.denoisers[0].modules
     ['transformer_blocks.0.attn1', 'transformer_blocks.1.attn1']
     """
-    plain = target
-    while hasattr(plain, "_orig_mod"):  # torch.compile
-        plain = plain._orig_mod
-    packages = [cls.__module__.partition(".")[0] for cls in type(plain).__mro__]
+    cls = type(plain(target))
+    packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
     host = next((HOSTS[package] for package in packages if package in HOSTS), None)
     if host is None and "torch" not in packages:
         raise TypeError(
-            f"cannot attach to {type(plain).__name__}; allowed: pipelines of diffusers, and torch modules, such as the "
+            f"cannot attach to {cls.__name__}; allowed: pipelines of diffusers, and torch modules, such as the "
             "models of diffusers, timm, open_clip and transformers"
         )
     if host is None or (host == HOSTS["transformers"] and what and _is_of_images(what[0])):
         host = RETROFIT
     return import_module(host).attach(target, *what, **options)
+
+
+def plain(model: Any) -> Any:
+    """The module itself rather than the wrapper of torch.compile."""
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    return model
 
 
 def _is_of_images(what: Any) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from vision_attn.hosts import plain
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.problem import Problem
 from vision_attn.retrofit.interception import state_of
@@ -43,8 +44,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        while hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
+        model = plain(model)
         if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; allowed: a torch module that is not scripted")
         self.model = model

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision_attn.hosts import AttachError
+from vision_attn.hosts import AttachError, plain
 from vision_attn.joint import fit, joint_attention
 from vision_attn.kernels.backends import BACKENDS
 from vision_attn.kernels.patterns import Dense, Pattern, PerHead, Radial
@@ -20,7 +20,7 @@ from vision_attn.retrofit import swin
 from vision_attn.retrofit.families import Place, find, is_swin
 from vision_attn.retrofit.interception import behaviour_of, own_class
 from vision_attn.retrofit.merged import MergedTower
-from vision_attn.retrofit.run import Layer, Run, Tower, plain
+from vision_attn.retrofit.run import Layer, Run, Tower
 
 
 def attach(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_attn.hosts import AttachError
+from vision_attn.hosts import AttachError, plain
 from vision_attn.retrofit.families import Place
 from vision_attn.retrofit.interception import own_class, put_on, state_of, take_off
 from vision_attn.retrofit.report import Report, TowerReport
@@ -237,13 +237,6 @@ class Run:
     def __repr__(self) -> str:
         state = "attached to" if self._on else "detached from"
         return f"<Run: {self._pattern['pattern']} {state} {own_class(plain(self._model)).__name__}>"
-
-
-def plain(model: Any) -> Any:
-    """The module itself rather than the wrapper of torch.compile."""
-    while hasattr(model, "_orig_mod"):
-        model = model._orig_mod
-    return model
 
 
 def _tower_report(tower: Tower) -> TowerReport:
